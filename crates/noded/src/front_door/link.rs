@@ -1,0 +1,784 @@
+//! The channels of one sandbox's agent connection: all of their state, and no I/O.
+//!
+//! Handlers open channels and wait on them; the connection's task ([`super::connection`]) feeds
+//! [`Link::receive`] with what the agent says and takes what is to be written. Nothing that the
+//! agent says is trusted: whatever breaks the protocol is a [`Violation`] and ends the connection,
+//! and what can be buffered for a reader is bounded by the stream's window.
+
+use super::problem::Problem;
+use super::stream;
+use bytes::{Buf as _, Bytes, BytesMut};
+use shoal_wire::{
+    DATA_CHUNK, DETACH, DecodeError, EOF, ExecAttach, Exited, Failure, HEADER_LEN, Header, Kind, MAX_PAYLOAD, STDERR,
+    Started, WINDOW, Window,
+};
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio::time::timeout;
+
+/// Calls and streams that one sandbox may have under way.
+pub const MAX_CHANNELS: usize = 1024;
+
+/// The agent is told of progress in steps of this many bytes.
+const WINDOW_STEP: u64 = WINDOW / 8;
+
+/// And in steps of this many when it has nothing more under way: an agent that is short of memory
+/// may keep less than a whole window, and wait for every bit of it.
+const WINDOW_STEP_IDLE: u64 = 8 << 10;
+
+/// Bytes waiting to be written to the agent above which uploads wait.
+const OUT_LIMIT: usize = 1 << 20;
+
+/// Shorter payloads are copied together, so that many small ones cost no more than their bytes.
+const COPY_BELOW: usize = 8 << 10;
+
+/// Small payloads are gathered up to about this size.
+const GATHER: usize = 64 << 10;
+
+/// What can wait goes out with the next frame that cannot, or after this time.
+const LAZY: Duration = Duration::from_millis(10);
+
+/// Largest payload of a frame that answers no listing; all of these are small.
+const SMALL_PAYLOAD: usize = 64 << 10;
+
+/// The agent broke the protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Violation(pub &'static str);
+
+impl From<DecodeError> for Violation {
+    fn from(error: DecodeError) -> Self {
+        Self(error.0)
+    }
+}
+
+/// How a sandbox's connection ended for good.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The node ended the sandbox, for this reason.
+    Gone(Option<String>),
+    /// It broke, for this reason.
+    Lost(String),
+}
+
+/// Whether calls can be made.
+enum Phase {
+    /// The connection is being made, or made again.
+    Connecting,
+    /// The agent serves.
+    Up,
+    /// It never will again.
+    Ended(Ending),
+}
+
+/// What a channel is for; which frames the agent may send on it follows from that.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// An exec's output; the id resumes it when the connection breaks.
+    Exec(String),
+    /// A request with a short answer.
+    Call,
+    /// A request with an answer of up to [`MAX_PAYLOAD`].
+    Listing,
+    /// A request whose answer is followed by bytes.
+    Download,
+    /// A request followed by bytes, then the answer.
+    Upload,
+}
+
+/// Why nothing more comes on a channel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// All bytes came.
+    Done,
+    /// The command ended.
+    Exited(Exited),
+    /// The agent says no.
+    Failed(Failure),
+    /// The connection ended.
+    Ended(Ending),
+}
+
+/// The first answer on a channel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Head {
+    /// The command runs.
+    Started(Started),
+    /// The request succeeded; the payload depends on the request.
+    Ok(Bytes),
+}
+
+/// A stretch of output, ready to be sent to the client.
+struct Piece {
+    bytes: BytesMut,
+    /// Bytes of each stream in it.
+    payload: [usize; 2],
+    /// The last frame in it: stream and place of its header. `None`: raw bytes.
+    last: Option<(usize, usize)>,
+    /// Made here, by copying: more may be appended.
+    gathered: bool,
+}
+
+/// One direction of one stream from the agent.
+#[derive(Default)]
+struct Inbound {
+    /// Offset after the last byte received.
+    received: u64,
+    /// Offset after the last byte that the client's connection took.
+    pulled: u64,
+    /// Offset told to the agent.
+    acknowledged: u64,
+    ended: bool,
+}
+
+impl Inbound {
+    fn at(offset: u64) -> Self {
+        Self { received: offset, pulled: offset, acknowledged: offset, ended: false }
+    }
+}
+
+struct Entry {
+    role: Role,
+    /// The request; sent again while it is not answered, when a broken connection is back.
+    request: Option<(Kind, Vec<u8>)>,
+    head: Option<Head>,
+    answered: bool,
+    end: Option<End>,
+    /// The agent has said its last word on this channel.
+    over: bool,
+    /// A new connection was asked to go on from these offsets.
+    resuming: bool,
+    waker: Option<Waker>,
+    queue: VecDeque<Piece>,
+    inbound: [Inbound; 2],
+    sent: u64,
+    consumed: u64,
+}
+
+struct State {
+    phase: Phase,
+    channels: HashMap<u32, Entry>,
+    next_channel: u32,
+    /// Channel numbers went round once, so every number has been in use.
+    wrapped: bool,
+    out: VecDeque<Bytes>,
+    out_bytes: usize,
+    /// Something in `out` cannot wait.
+    urgent: bool,
+    room: Vec<Waker>,
+}
+
+/// One sandbox's agent connection.
+pub struct Link {
+    state: Mutex<State>,
+    /// Something is to be written.
+    outgoing: Notify,
+    /// The phase changed.
+    settled: Notify,
+}
+
+impl Link {
+    /// A link that waits for its connection.
+    pub fn new() -> Self {
+        Self {
+            state: Mutex::new(State {
+                phase: Phase::Connecting,
+                channels: HashMap::new(),
+                next_channel: 1,
+                wrapped: false,
+                out: VecDeque::new(),
+                out_bytes: 0,
+                urgent: false,
+                room: Vec::new(),
+            }),
+            outgoing: Notify::new(),
+            settled: Notify::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No code under this lock panics half way through a change.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // --- for handlers -----------------------------------------------------------------------
+
+    /// Opens a channel with its request, as soon as the connection stands.
+    pub async fn open(self: &Arc<Self>, role: Role, kind: Kind, payload: Vec<u8>) -> Result<Channel, Problem> {
+        if payload.len() > MAX_PAYLOAD {
+            return Err(Problem::invalid(format!("request is longer than {MAX_PAYLOAD} bytes")));
+        }
+        loop {
+            let settled = self.settled.notified();
+            tokio::pin!(settled);
+            settled.as_mut().enable();
+            {
+                let mut state = self.lock();
+                match &state.phase {
+                    Phase::Ended(ending) => return Err(ending.to_problem()),
+                    Phase::Connecting => {}
+                    Phase::Up => {
+                        if state.channels.len() >= MAX_CHANNELS {
+                            let detail = format!("{MAX_CHANNELS} calls are under way in this sandbox");
+                            return Err(Problem::exhausted(detail).hint("let some of them finish first"));
+                        }
+                        let id = state.free_channel();
+                        state.send(shoal_wire::frame(kind, 0, id, &payload));
+                        let request = matches!(role, Role::Exec(_)).then_some((kind, payload));
+                        state.channels.insert(id, Entry::new(role, request));
+                        self.outgoing.notify_one();
+                        return Ok(Channel { link: Arc::clone(self), id });
+                    }
+                }
+            }
+            settled.await;
+        }
+    }
+
+    // --- for the connection's task ------------------------------------------------------------
+
+    /// The connection stands: goes on with the execs that were being read when the last one broke; other
+    /// calls cannot be repeated blindly and end.
+    pub fn up(&self) {
+        let mut state = self.lock();
+        let state = &mut *state;
+        state.phase = Phase::Up;
+        let mut frames = Vec::new();
+        for (id, entry) in &mut state.channels {
+            if entry.over || entry.end.is_some() {
+                continue;
+            }
+            let Role::Exec(exec_id) = &entry.role else {
+                entry.finish(End::Ended(Ending::Lost("the connection to the guest agent broke".to_owned())));
+                continue;
+            };
+            if !entry.answered {
+                if let Some((kind, payload)) = &entry.request {
+                    frames.push(shoal_wire::frame(*kind, 0, *id, payload));
+                }
+                continue;
+            }
+            // What the client did not take yet comes again, so a resumed stream needs no more room.
+            entry.queue.clear();
+            for inbound in &mut entry.inbound {
+                *inbound = Inbound::at(inbound.pulled);
+            }
+            entry.resuming = true;
+            let [out, err] = &entry.inbound;
+            let attach = ExecAttach {
+                exec_id: exec_id.clone().into_bytes(),
+                stdout_offset: out.received,
+                stderr_offset: err.received,
+            };
+            frames.push(shoal_wire::frame(Kind::ExecAttach, 0, *id, &attach.encode()));
+        }
+        for frame in frames {
+            state.send(frame);
+        }
+        self.outgoing.notify_one();
+        self.settled.notify_waiters();
+    }
+
+    /// The connection broke; another may follow.
+    pub fn broke(&self) {
+        let mut state = self.lock();
+        if matches!(state.phase, Phase::Up) {
+            state.phase = Phase::Connecting;
+        }
+        state.out.clear();
+        state.out_bytes = 0;
+        state.urgent = false;
+        for waker in state.room.drain(..) {
+            waker.wake();
+        }
+    }
+
+    /// No connection will follow: ends everything. The first ending stands.
+    pub fn end(&self, ending: &Ending) {
+        let mut state = self.lock();
+        if !matches!(state.phase, Phase::Ended(_)) {
+            state.phase = Phase::Ended(ending.clone());
+        }
+        for entry in state.channels.values_mut() {
+            if !entry.over {
+                entry.finish(End::Ended(ending.clone()));
+            }
+        }
+        self.settled.notify_waiters();
+    }
+
+    /// Waits until [`Self::end`] was called.
+    pub async fn ended(&self) {
+        loop {
+            let settled = self.settled.notified();
+            tokio::pin!(settled);
+            settled.as_mut().enable();
+            if self.is_ended() {
+                return;
+            }
+            settled.await;
+        }
+    }
+
+    /// [`Self::end`] was called.
+    pub fn is_ended(&self) -> bool {
+        matches!(self.lock().phase, Phase::Ended(_))
+    }
+
+    /// Checks a frame's header before its payload is given any memory.
+    pub fn admit(&self, header: &Header) -> Result<(), Violation> {
+        let length = header.len as usize;
+        match header.kind {
+            Kind::Data if length as u64 <= WINDOW => Ok(()),
+            Kind::Data => Err(Violation("more data than the window allows")),
+            _ if length <= SMALL_PAYLOAD => Ok(()),
+            Kind::Ok => {
+                let state = self.lock();
+                // The answer to a listing that nobody waits for any more is read, too, and dropped.
+                match state.channels.get(&header.channel) {
+                    Some(entry) if entry.role == Role::Listing => Ok(()),
+                    None if state.was_opened(header.channel) => Ok(()),
+                    _ => Err(Violation("frame too long")),
+                }
+            }
+            _ => Err(Violation("frame too long")),
+        }
+    }
+
+    /// Takes a whole frame, header included.
+    pub fn receive(&self, header: Header, frame: BytesMut) -> Result<(), Violation> {
+        let mut state = self.lock();
+        if !state.was_opened(header.channel) {
+            return Err(Violation("frame on a channel that was never opened"));
+        }
+        match header.kind {
+            Kind::Started | Kind::Exited | Kind::Data | Kind::Window | Kind::Ok | Kind::Error => {}
+            _ => return Err(Violation("frame that an agent does not send")),
+        }
+        // Nobody may listen any more: what was under way when the channel was cancelled is dropped.
+        let Some(entry) = state.channels.get_mut(&header.channel) else { return Ok(()) };
+        if entry.end.is_some() && !entry.over {
+            return Ok(());
+        }
+        entry.receive(header, frame)?;
+        entry.wake();
+        Ok(())
+    }
+
+    /// Takes everything that is to be written; waits until there is something.
+    pub async fn outgoing(&self) -> VecDeque<Bytes> {
+        let mut waited = false;
+        loop {
+            let lazy = {
+                let mut state = self.lock();
+                if state.urgent || (waited && !state.out.is_empty()) {
+                    state.urgent = false;
+                    return std::mem::take(&mut state.out);
+                }
+                !state.out.is_empty()
+            };
+            if lazy {
+                waited = timeout(LAZY, self.outgoing.notified()).await.is_err();
+            } else {
+                self.outgoing.notified().await;
+            }
+        }
+    }
+
+    /// So many bytes of what was taken are written.
+    pub fn written(&self, bytes: usize) {
+        let mut state = self.lock();
+        state.out_bytes = state.out_bytes.saturating_sub(bytes);
+        if state.out_bytes < OUT_LIMIT {
+            for waker in state.room.drain(..) {
+                waker.wake();
+            }
+        }
+    }
+}
+
+impl State {
+    fn free_channel(&mut self) -> u32 {
+        loop {
+            let id = self.next_channel;
+            self.next_channel = id.checked_add(1).unwrap_or_else(|| {
+                self.wrapped = true;
+                1
+            });
+            if !self.channels.contains_key(&id) {
+                return id;
+            }
+        }
+    }
+
+    fn was_opened(&self, channel: u32) -> bool {
+        channel != 0 && (self.wrapped || channel < self.next_channel)
+    }
+
+    fn send(&mut self, frame: impl Into<Bytes>) {
+        self.send_lazily(frame);
+        self.urgent = true;
+    }
+
+    /// Queues a frame that nobody waits for.
+    fn send_lazily(&mut self, frame: impl Into<Bytes>) {
+        let frame = frame.into();
+        self.out_bytes += frame.len();
+        self.out.push_back(frame);
+    }
+}
+
+impl Entry {
+    fn new(role: Role, request: Option<(Kind, Vec<u8>)>) -> Self {
+        Self {
+            role,
+            request,
+            head: None,
+            answered: false,
+            end: None,
+            over: false,
+            resuming: false,
+            waker: None,
+            queue: VecDeque::new(),
+            inbound: [Inbound::default(), Inbound::default()],
+            sent: 0,
+            consumed: 0,
+        }
+    }
+
+    fn wake(&mut self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    fn finish(&mut self, end: End) {
+        if self.end.is_none() {
+            self.end = Some(end);
+        }
+        self.over = true;
+        self.wake();
+    }
+
+    fn receive(&mut self, header: Header, mut frame: BytesMut) -> Result<(), Violation> {
+        if self.over {
+            return Err(Violation("frame after a channel's last one"));
+        }
+        let exec = matches!(self.role, Role::Exec(_));
+        let payload = frame.get(HEADER_LEN..).unwrap_or_default();
+        match header.kind {
+            Kind::Started if exec && (!self.answered || self.resuming) => {
+                self.started(Started::decode(payload)?);
+            }
+            Kind::Exited if exec => {
+                let exited = Exited::decode(payload)?;
+                self.finish(End::Exited(exited));
+            }
+            Kind::Error => {
+                let failure = Failure::decode(payload)?;
+                self.finish(End::Failed(failure));
+            }
+            Kind::Ok if !exec && !self.answered => {
+                frame.advance(HEADER_LEN);
+                self.head = Some(Head::Ok(frame.freeze()));
+                self.answered = true;
+                if self.role != Role::Download {
+                    self.finish(End::Done);
+                }
+            }
+            Kind::Window if self.role == Role::Upload => {
+                let Window { consumed } = Window::decode(payload)?;
+                if consumed < self.consumed || consumed > self.sent {
+                    return Err(Violation("window that does not fit what was sent"));
+                }
+                self.consumed = consumed;
+            }
+            Kind::Data if self.answered && !self.resuming && (exec || self.role == Role::Download) => {
+                self.data(header, frame)?;
+            }
+            _ => return Err(Violation("frame that does not belong on its channel")),
+        }
+        Ok(())
+    }
+
+    fn started(&mut self, started: Started) {
+        let offsets = [started.stdout_offset, started.stderr_offset];
+        if self.resuming {
+            self.resuming = false;
+            if self.inbound.iter().zip(offsets).any(|(inbound, offset)| inbound.received != offset) {
+                // Not `finish`: the agent still talks on this channel, and is told to stop when it is closed.
+                let lost = "output was lost when the connection to the guest agent broke";
+                self.end = Some(End::Ended(Ending::Lost(lost.to_owned())));
+            }
+            return;
+        }
+        self.inbound = offsets.map(Inbound::at);
+        self.answered = true;
+        self.request = None;
+        self.head = Some(Head::Started(started));
+    }
+
+    fn data(&mut self, header: Header, frame: BytesMut) -> Result<(), Violation> {
+        let exec = matches!(self.role, Role::Exec(_));
+        if header.flags & !(EOF | STDERR) != 0 || (header.flags & STDERR != 0 && !exec) {
+            return Err(Violation("unknown flags on data"));
+        }
+        let index = usize::from(header.flags & STDERR != 0);
+        let [out, err] = &mut self.inbound;
+        let inbound = if index == 0 { out } else { err };
+        let length = header.len as usize;
+        if inbound.ended {
+            return Err(Violation("data after its stream's end"));
+        }
+        if length == 0 && header.flags & EOF == 0 {
+            return Err(Violation("empty data"));
+        }
+        let received = inbound.received.saturating_add(length as u64);
+        if received > inbound.acknowledged.saturating_add(WINDOW) {
+            return Err(Violation("more data than the window allows"));
+        }
+        inbound.received = received;
+        inbound.ended = header.flags & EOF != 0;
+        if length > 0 {
+            self.keep(index, frame, length, exec);
+        }
+        if header.flags & EOF != 0 && !exec {
+            self.finish(End::Done);
+        }
+        Ok(())
+    }
+
+    /// Puts a payload into the queue. An exec's gets the header of the client's stream, in the place of the agent's.
+    fn keep(&mut self, index: usize, mut frame: BytesMut, length: usize, exec: bool) {
+        let kind = if index == 0 { stream::STDOUT } else { stream::STDERR };
+        let mut count = [0, 0];
+        if let Some(count) = count.get_mut(index) {
+            *count = length;
+        }
+        if length >= COPY_BELOW {
+            let mut last = None;
+            if exec {
+                frame.advance(HEADER_LEN - stream::HEADER_LEN);
+                if let Some(place) = frame.first_chunk_mut() {
+                    *place = stream::header(kind, length);
+                }
+                last = Some((index, 0));
+            } else {
+                frame.advance(HEADER_LEN);
+            }
+            self.queue.push_back(Piece { bytes: frame, payload: count, last, gathered: false });
+            return;
+        }
+        let payload = frame.get(HEADER_LEN..).unwrap_or_default();
+        let gathers = |piece: &&mut Piece| piece.gathered && piece.bytes.len() < GATHER;
+        if self.queue.back_mut().as_ref().is_none_or(|piece| !gathers(piece)) {
+            let bytes = BytesMut::with_capacity(stream::HEADER_LEN + length);
+            self.queue.push_back(Piece { bytes, payload: [0, 0], last: None, gathered: true });
+        }
+        let Some(piece) = self.queue.back_mut() else { return };
+        if exec {
+            match piece.last {
+                Some((stream, place)) if stream == index => {
+                    let whole = piece.bytes.len() - place - stream::HEADER_LEN + length;
+                    if let Some(header) = piece.bytes.get_mut(place..).and_then(<[u8]>::first_chunk_mut) {
+                        *header = stream::header(kind, whole);
+                    }
+                }
+                _ => {
+                    piece.last = Some((index, piece.bytes.len()));
+                    piece.bytes.extend_from_slice(&stream::header(kind, length));
+                }
+            }
+        }
+        piece.bytes.extend_from_slice(payload);
+        for (sum, count) in piece.payload.iter_mut().zip(count) {
+            *sum += count;
+        }
+    }
+}
+
+/// A handler's end of a channel; dropping it tells the agent that nobody listens any more.
+pub struct Channel {
+    link: Arc<Link>,
+    id: u32,
+}
+
+impl fmt::Debug for Channel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Channel({})", self.id)
+    }
+}
+
+/// Tells the agent how far a channel's streams are consumed.
+pub struct Acknowledger {
+    link: Arc<Link>,
+    id: u32,
+}
+
+impl Acknowledger {
+    /// Everything before these offsets is consumed.
+    pub fn consumed(&self, offsets: [u64; 2]) {
+        let mut state = self.link.lock();
+        let state = &mut *state;
+        // While the connection is down nothing is said; the attach to the next one says it all.
+        if !matches!(state.phase, Phase::Up) {
+            return;
+        }
+        let Some(entry) = state.channels.get_mut(&self.id) else { return };
+        // After a command's end the agent still keeps what is not consumed; after a file's end, nothing.
+        let ended = matches!(entry.end, Some(End::Exited(_)));
+        if entry.resuming || (entry.over && !ended) {
+            return;
+        }
+        let mut frames = [None, None];
+        for (((inbound, consumed), frame), flags) in
+            entry.inbound.iter_mut().zip(offsets).zip(&mut frames).zip([0, STDERR])
+        {
+            let step = match consumed == inbound.received {
+                true if ended => 1,
+                true => WINDOW_STEP_IDLE,
+                false => WINDOW_STEP,
+            };
+            if consumed >= inbound.acknowledged.saturating_add(step) {
+                inbound.acknowledged = consumed;
+                *frame = Some(shoal_wire::frame(Kind::Window, flags, self.id, &Window { consumed }.encode()));
+            }
+        }
+        for frame in frames.into_iter().flatten() {
+            if ended {
+                state.send_lazily(frame)
+            } else {
+                state.send(frame)
+            }
+            self.link.outgoing.notify_one();
+        }
+    }
+}
+
+/// The entry of an open channel went missing: impossible, and no reason to take the process down.
+fn missing() -> End {
+    End::Ended(Ending::Lost("the call's record is gone".to_owned()))
+}
+
+impl Channel {
+    /// Waits for the first answer, or for the end when there is none.
+    pub async fn head(&self) -> Result<Head, End> {
+        std::future::poll_fn(|cx| {
+            let mut state = self.link.lock();
+            let Some(entry) = state.channels.get_mut(&self.id) else { return Poll::Ready(Err(missing())) };
+            if let Some(head) = entry.head.take() {
+                return Poll::Ready(Ok(head));
+            }
+            if let Some(end) = &entry.end {
+                return Poll::Ready(Err(end.clone()));
+            }
+            entry.waker = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Tells the agent of progress in an exec's output, from wherever it is seen.
+    pub fn acknowledger(&self) -> Acknowledger {
+        Acknowledger { link: Arc::clone(&self.link), id: self.id }
+    }
+
+    /// The next stretch of output and the offsets of stdout and stderr after it, or the end.
+    pub fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Result<(Bytes, [u64; 2]), End>> {
+        let mut state = self.link.lock();
+        let Some(entry) = state.channels.get_mut(&self.id) else { return Poll::Ready(Err(missing())) };
+        let Some(piece) = entry.queue.pop_front() else {
+            if let Some(end) = &entry.end {
+                return Poll::Ready(Err(end.clone()));
+            }
+            entry.waker = Some(cx.waker().clone());
+            return Poll::Pending;
+        };
+        let mut offsets = [0; 2];
+        for ((inbound, count), offset) in entry.inbound.iter_mut().zip(piece.payload).zip(&mut offsets) {
+            // An agent may claim any first offset, the last ones that there are too.
+            inbound.pulled = inbound.pulled.saturating_add(count as u64);
+            *offset = inbound.pulled;
+        }
+        Poll::Ready(Ok((piece.bytes.freeze(), offsets)))
+    }
+
+    /// Sends all of `data` as the agent's window allows.
+    ///
+    /// # Errors
+    /// The agent wants no more: [`Self::head`] has its answer.
+    pub async fn send(&self, mut data: Bytes) -> Result<(), ()> {
+        while !data.is_empty() {
+            let room = std::future::poll_fn(|cx| self.poll_room(cx)).await?;
+            let chunk = data.split_to(data.len().min(room).min(DATA_CHUNK));
+            self.push(chunk, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the bytes: with [`EOF`], or [`DETACH`] to leave stdin open.
+    pub fn finish(&self, flag: u8) -> Result<(), ()> {
+        debug_assert!(flag == EOF || flag == DETACH, "other flags end nothing");
+        self.push(Bytes::new(), flag)
+    }
+
+    fn poll_room(&self, cx: &mut Context<'_>) -> Poll<Result<usize, ()>> {
+        let mut state = self.link.lock();
+        let state = &mut *state;
+        let Some(entry) = state.channels.get_mut(&self.id) else { return Poll::Ready(Err(())) };
+        if entry.end.is_some() {
+            return Poll::Ready(Err(()));
+        }
+        let room = (entry.consumed + WINDOW).saturating_sub(entry.sent);
+        // Between two connections the call waits; it ends when the next one stands, or none does.
+        if room > 0 && state.out_bytes < OUT_LIMIT && matches!(state.phase, Phase::Up) {
+            return Poll::Ready(Ok(room as usize));
+        }
+        entry.waker = Some(cx.waker().clone());
+        if state.out_bytes >= OUT_LIMIT {
+            state.room.push(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+
+    fn push(&self, data: Bytes, flags: u8) -> Result<(), ()> {
+        let mut state = self.link.lock();
+        let state = &mut *state;
+        let Some(entry) = state.channels.get_mut(&self.id) else { return Err(()) };
+        if entry.end.is_some() {
+            return Err(());
+        }
+        if !matches!(state.phase, Phase::Up) {
+            return Ok(());
+        }
+        entry.sent += data.len() as u64;
+        let header = Header { len: data.len() as u32, channel: self.id, kind: Kind::Data, flags };
+        state.send(Bytes::copy_from_slice(&header.encode()));
+        if !data.is_empty() {
+            state.send(data);
+        }
+        self.link.outgoing.notify_one();
+        Ok(())
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        let mut state = self.link.lock();
+        let Some(entry) = state.channels.remove(&self.id) else { return };
+        // An exec's channel stays open after its end, for what is consumed late.
+        let ended = matches!(entry.end, Some(End::Exited(_)));
+        if (ended || !entry.over) && matches!(state.phase, Phase::Up) {
+            let frame = shoal_wire::frame(Kind::Cancel, 0, self.id, &[]);
+            if ended {
+                state.send_lazily(frame)
+            } else {
+                state.send(frame)
+            }
+            self.link.outgoing.notify_one();
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! What the front door does not serve itself goes to the Python server, streaming both ways.
+
+use super::body::Body;
+use super::problem::Problem;
+use bytes::Bytes;
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper::header::{
+    CONNECTION, HeaderMap, HeaderName, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+};
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep_until, timeout};
+
+/// Idle connections kept.
+const POOL: usize = 32;
+
+/// The listener is always there; an accept queue that stays full for so long is a server that hangs.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How long the server may think after the last byte of a request's body. An image that was
+/// uploaded is unpacked in this time.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(900);
+
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+
+/// Connections to the Python server.
+pub struct Proxy {
+    socket: PathBuf,
+    idle: Mutex<Vec<SendRequest<Watched>>>,
+}
+
+/// A request's body, with the time at which it was last moved.
+pub struct Watched {
+    body: Incoming,
+    moved: Arc<Mutex<Instant>>,
+}
+
+impl HttpBody for Watched {
+    type Data = Bytes;
+    type Error = hyper::Error;
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        if polled.is_ready() {
+            *self.moved.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        }
+        polled
+    }
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Proxy {
+    /// Connects to `socket` when there is something to pass on.
+    pub fn new(socket: PathBuf) -> Self {
+        Self { socket, idle: Mutex::new(Vec::new()) }
+    }
+
+    /// Passes a request on and its answer back.
+    pub async fn forward(self: &Arc<Self>, request: Request<Incoming>) -> Result<Response<Body>, Problem> {
+        let (mut parts, body) = request.into_parts();
+        drop_hop_by_hop(&mut parts.headers);
+        parts.version = hyper::Version::HTTP_11;
+        // A server may tell its client apart by path alone.
+        if let Some(path) = parts.uri.path_and_query().cloned() {
+            parts.uri = path.into();
+        }
+        let moved = Arc::new(Mutex::new(Instant::now()));
+        let mut request = Request::from_parts(parts, Watched { body, moved: Arc::clone(&moved) });
+        loop {
+            let (mut sender, reused) = self.sender().await?;
+            let answer = tokio::select! {
+                answer = sender.try_send_request(request) => answer,
+                () = silence(&moved) => return Err(Problem::node_unavailable("the node's server does not answer")),
+            };
+            match answer {
+                Ok(response) => {
+                    self.keep(sender);
+                    let (mut parts, body) = response.into_parts();
+                    drop_hop_by_hop(&mut parts.headers);
+                    return Ok(Response::from_parts(parts, Body::Proxied(body)));
+                }
+                Err(mut error) => match error.take_message() {
+                    // An idle connection that the server had closed; nothing was sent.
+                    Some(unsent) if reused => request = unsent,
+                    _ => {
+                        let error = error.into_error();
+                        let detail = format!("the node's server broke off: {error}");
+                        return Err(Problem::node_unavailable(detail));
+                    }
+                },
+            }
+        }
+    }
+
+    /// A connection that is ready, and whether it has been used before.
+    async fn sender(&self) -> Result<(SendRequest<Watched>, bool), Problem> {
+        loop {
+            let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            match idle {
+                Some(sender) if sender.is_ready() => return Ok((sender, true)),
+                Some(_) => {}
+                None => break,
+            }
+        }
+        let failed = |error: &dyn std::fmt::Display| {
+            Problem::node_unavailable(format!("the node's server cannot be reached: {error}"))
+        };
+        let connect = async {
+            loop {
+                match UnixStream::connect(&self.socket).await {
+                    // The accept queue is full: a burst.
+                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                        tokio::time::sleep(Duration::from_millis(5)).await;
+                    }
+                    other => return other,
+                }
+            }
+        };
+        let stream = timeout(CONNECT_DEADLINE, connect)
+            .await
+            .map_err(|_| Problem::node_unavailable("the node's server does not accept connections"))?
+            .map_err(|error| failed(&error))?;
+        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| failed(&error))?;
+        tokio::spawn(async move {
+            // What breaks here is told to whoever waits for the answer.
+            let _ = connection.await;
+        });
+        Ok((sender, false))
+    }
+
+    /// Keeps a connection for the next request, once this one's answer has been read.
+    fn keep(self: &Arc<Self>, mut sender: SendRequest<Watched>) {
+        let proxy = Arc::clone(self);
+        tokio::spawn(async move {
+            if sender.ready().await.is_ok() {
+                let mut idle = proxy.idle.lock().unwrap_or_else(PoisonError::into_inner);
+                if idle.len() < POOL {
+                    idle.push(sender);
+                }
+            }
+        });
+    }
+}
+
+/// Waits until nothing has moved for [`ANSWER_DEADLINE`].
+async fn silence(moved: &Mutex<Instant>) {
+    loop {
+        let deadline = *moved.lock().unwrap_or_else(PoisonError::into_inner) + ANSWER_DEADLINE;
+        if deadline <= Instant::now() {
+            return;
+        }
+        sleep_until(deadline).await;
+    }
+}
+
+/// Drops what concerns one connection only.
+///
+/// Source: RFC 9110, 7.6.1.
+fn drop_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    for name in named.iter().chain(&[
+        CONNECTION,
+        KEEP_ALIVE,
+        PROXY_CONNECTION,
+        PROXY_AUTHENTICATE,
+        PROXY_AUTHORIZATION,
+        TE,
+        TRAILER,
+        TRANSFER_ENCODING,
+        UPGRADE,
+    ]) {
+        headers.remove(name);
+    }
+}

@@ -1,0 +1,243 @@
+//! CP-07: an agent that lies, floods or babbles harms nobody but its own sandbox.
+
+use super::{SANDBOX, TestDoor, resident};
+use serde_json::{Value, json};
+use shoal_wire::{DATA_CHUNK, EOF, Exited, HEADER_LEN, Header, Kind, STDERR, Started, WINDOW, Window};
+use std::io::Write as _;
+use std::time::{Duration, Instant};
+
+type Attack = fn(&mut super::AgentConn, u32);
+
+/// What an agent may try on the channel of a running exec.
+const ATTACKS: &[(&str, Attack)] = &[
+    ("forged channel", |agent, _| agent.send(Kind::Data, 0, 77, b"x")),
+    ("channel zero", |agent, _| agent.send(Kind::Data, 0, 0, b"x")),
+    ("second ready", |agent, _| agent.ready(1)),
+    ("unknown kind", |agent, _| agent.stream.write_all(&[0, 0, 0, 0, 1, 0, 0, 0, 0x99, 0, 0, 0]).unwrap()),
+    ("reserved bytes", |agent, _| agent.stream.write_all(&[0, 0, 0, 0, 1, 0, 0, 0, 0x30, 1, 0, 1]).unwrap()),
+    ("giant frame", |agent, channel| {
+        let header = Header { len: u32::MAX, channel, kind: Kind::Data, flags: 0 };
+        agent.stream.write_all(&header.encode()).unwrap();
+    }),
+    ("large frame of a small kind", |agent, channel| {
+        let header = Header { len: 4 << 20, channel, kind: Kind::Exited, flags: 0 };
+        agent.stream.write_all(&header.encode()).unwrap();
+    }),
+    ("large answer that nobody asked for", |agent, channel| {
+        let header = Header { len: 4 << 20, channel, kind: Kind::Ok, flags: 0 };
+        agent.stream.write_all(&header.encode()).unwrap();
+    }),
+    ("a request", |agent, channel| agent.send(Kind::ExecStart, 0, channel, b"")),
+    ("ok on an exec", |agent, channel| agent.send(Kind::Ok, 0, channel, b"")),
+    ("started twice", |agent, channel| agent.started(channel, Started::default())),
+    ("window on an exec", |agent, channel| {
+        agent.send(Kind::Window, 0, channel, &Window { consumed: 0 }.encode());
+    }),
+    ("malformed exit", |agent, channel| agent.send(Kind::Exited, 0, channel, b"short")),
+    ("unknown outcome", |agent, channel| {
+        let mut payload = Exited::default().encode();
+        payload[0] = 200;
+        agent.send(Kind::Exited, 0, channel, &payload);
+    }),
+    ("data after the stream's end", |agent, channel| {
+        agent.send(Kind::Data, EOF, channel, b"x");
+        agent.send(Kind::Data, 0, channel, b"x");
+    }),
+    ("empty data", |agent, channel| agent.send(Kind::Data, 0, channel, b"")),
+    ("unknown data flags", |agent, channel| agent.send(Kind::Data, 0x80, channel, b"x")),
+    ("one frame over the window", |agent, channel| {
+        let header = Header { len: WINDOW as u32 + 1, channel, kind: Kind::Data, flags: 0 };
+        agent.stream.write_all(&header.encode()).unwrap();
+    }),
+];
+
+#[test]
+fn cp_07_each_break_of_the_protocol_ends_this_sandbox_s_streams_as_lost() {
+    let door = TestDoor::start();
+    door.agent_as("sb-good", |mut agent| {
+        loop {
+            let (channel, _) = agent.start();
+            agent.exited(channel, 0);
+        }
+    });
+    let attacked: Vec<_> = ATTACKS
+        .iter()
+        .enumerate()
+        .map(|(i, (name, attack))| {
+            let sandbox = format!("sb-bad-{i}");
+            door.agent_as(&sandbox, move |mut agent| {
+                let (channel, _) = agent.start();
+                attack(&mut agent, channel);
+                agent.idle();
+            });
+            let mut client = door.client();
+            let body = br#"{"argv":["x"]}"#;
+            client.send(
+                "POST",
+                &format!("/v1/sandboxes/{sandbox}/execs"),
+                &format!("Content-Length: {}\r\n", body.len()),
+            );
+            client.reader.get_mut().write_all(body).unwrap();
+            (name, client)
+        })
+        .collect();
+    for (name, mut client) in attacked {
+        let answer = client.answer();
+        let (kind, last) = answer.frames().pop().unwrap();
+        assert_eq!(kind, 0x7f, "{name}");
+        let problem: Value = serde_json::from_slice(&last).unwrap();
+        assert_eq!(problem["code"], "sandbox_lost", "{name}");
+        let why = problem["detail"].as_str().unwrap();
+        assert!(why.starts_with("the guest agent broke the protocol: "), "{name}: {why}");
+    }
+    let answer = door.client().request("POST", "/v1/sandboxes/sb-good/execs", br#"{"argv":["x"]}"#);
+    assert_eq!(answer.frames().len(), 2);
+}
+
+#[test]
+fn cp_07_a_window_that_does_not_fit_ends_an_upload() {
+    let door = TestDoor::start();
+    door.agent(|mut agent| {
+        let (channel, ..) = agent.expect(Kind::FileWrite);
+        agent.expect(Kind::Data);
+        agent.send(Kind::Window, 0, channel, &Window { consumed: 1 << 40 }.encode());
+        agent.idle();
+    });
+    let answer = door.request("PUT", "files/content?path=/a", b"x");
+    assert_eq!(answer.problem(), (502, "sandbox_lost".to_owned()));
+}
+
+#[test]
+fn cp_07_answers_that_make_no_sense_are_not_passed_on() {
+    let door = TestDoor::start();
+    door.agent(|mut agent| {
+        for _ in 0..2 {
+            let (channel, ..) = agent.receive().map(|(header, _)| (header.channel,)).unwrap();
+            agent.send(Kind::Ok, 0, channel, b"\xff\xff\xff\xff");
+        }
+        agent.idle();
+    });
+    assert_eq!(door.request("GET", "files/info?path=/a", b"").problem(), (502, "sandbox_lost".to_owned()));
+    assert_eq!(door.request("GET", "execs", b"").problem(), (502, "sandbox_lost".to_owned()));
+}
+
+#[test]
+fn cp_07_output_in_single_bytes_to_a_stopped_client_costs_a_fixed_buffer() {
+    let door = TestDoor::start();
+    let (tell, told) = std::sync::mpsc::channel();
+    door.agent(move |mut agent| {
+        let (channel, _) = agent.start();
+        // Stdout and stderr by turns, so that no two frames can be joined.
+        let mut batch = Vec::new();
+        for _ in 0..WINDOW / 16 {
+            batch.extend(shoal_wire::frame(Kind::Data, 0, channel, b"x"));
+            batch.extend(shoal_wire::frame(Kind::Data, STDERR, channel, b"y"));
+        }
+        for _ in 0..16 {
+            agent.stream.write_all(&batch).unwrap();
+        }
+        tell.send(()).unwrap();
+        agent.idle();
+    });
+    let mut client = door.client();
+    let body = br#"{"argv":["x"]}"#;
+    let before = resident();
+    client.send("POST", &format!("/v1/sandboxes/{SANDBOX}/execs"), &format!("Content-Length: {}\r\n", body.len()));
+    client.reader.get_mut().write_all(body).unwrap();
+    told.recv_timeout(super::PATIENCE).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    let grown = resident().saturating_sub(before);
+    // 2 MiB of output in frames of nine bytes, the agent's batch in this very process, and what the
+    // other tests do meanwhile.
+    assert!(grown < 200 << 20, "{grown} bytes");
+}
+
+#[test]
+fn cp_07_frames_for_nobody_without_end_do_not_stop_the_others() {
+    let door = TestDoor::start();
+    door.agent_as("sb-flood", |mut agent| {
+        let (channel, _) = agent.start();
+        agent.exited(channel, 0);
+        let (next, _) = agent.start();
+        let _ = agent.expect(Kind::Cancel);
+        let flood: Vec<u8> = (0..1000).flat_map(|_| shoal_wire::frame(Kind::Window, 0, next, &[0; 8])).collect();
+        let until = Instant::now() + Duration::from_secs(2);
+        while Instant::now() < until && agent.stream.write_all(&flood).is_ok() {}
+    });
+    let body = br#"{"argv":["x"]}"#;
+    let flood = "/v1/sandboxes/sb-flood/execs";
+    assert_eq!(door.client().request("POST", flood, body).frames().len(), 2);
+    let mut gone = door.client();
+    gone.send("POST", flood, &format!("Content-Length: {}\r\n", body.len()));
+    gone.reader.get_mut().write_all(body).unwrap();
+    gone.head();
+    drop(gone);
+    door.agent(|mut agent| {
+        loop {
+            let Some((header, _)) = agent.receive() else { return };
+            if header.kind == Kind::ExecStart {
+                agent.started(header.channel, Started::default());
+                agent.exited(header.channel, 0);
+            }
+        }
+    });
+    let begin = Instant::now();
+    for _ in 0..20 {
+        assert_eq!(door.request("POST", "execs", body).frames().len(), 2);
+    }
+    assert!(begin.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn cp_07_an_agent_that_hangs_up_again_and_again_is_lost() {
+    let door = TestDoor::start();
+    door.agent(|mut agent| {
+        // The first frame, whatever it is, is its last.
+        let _ = agent.receive();
+    });
+    let answer = door.request("POST", "execs", br#"{"argv":["x"]}"#);
+    assert_eq!(answer.problem(), (502, "sandbox_lost".to_owned()));
+}
+
+#[test]
+fn cp_07_first_offsets_at_the_end_of_all_numbers_are_survived() {
+    let door = TestDoor::start();
+    door.agent(|mut agent| {
+        let (channel, ..) = agent.expect(Kind::ExecStart);
+        agent.started(channel, Started { stdout_offset: u64::MAX - 3, ..Started::default() });
+        agent.send(Kind::Data, 0, channel, &[b'x'; DATA_CHUNK]);
+        agent.send(Kind::Data, 0, channel, &[b'x'; DATA_CHUNK]);
+        agent.exited(channel, 0);
+        agent.idle();
+    });
+    let answer = door.request("POST", "execs", br#"{"argv":["x"]}"#);
+    assert_eq!(answer.frames().len(), 3);
+}
+
+#[test]
+fn cp_07_half_a_frame_holds_no_more_than_its_bytes() {
+    let door = TestDoor::start();
+    let before = resident();
+    for i in 0..50 {
+        door.agent_as(&format!("sb-half-{i}"), |mut agent| {
+            let (channel, _) = agent.start();
+            let header = Header { len: 1 << 20, channel, kind: Kind::Data, flags: 0 };
+            agent.stream.write_all(&header.encode()).unwrap();
+            agent.idle();
+        });
+        let mut client = door.client();
+        let body = br#"{"argv":["x"]}"#;
+        client.send(
+            "POST",
+            &format!("/v1/sandboxes/sb-half-{i}/execs"),
+            &format!("Content-Length: {}\r\n", body.len()),
+        );
+        client.reader.get_mut().write_all(body).unwrap();
+        client.head();
+        assert_eq!(HEADER_LEN, 12);
+        drop(client);
+    }
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 200 << 20, "{grown} bytes");
+    assert_eq!(door.control().call(&json!({"op": "hello"}))["ok"]["version"], env!("CARGO_PKG_VERSION"));
+}

@@ -1,0 +1,3 @@
+//! The walls that a sandbox can stand in.
+
+pub mod native;

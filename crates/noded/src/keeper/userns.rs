@@ -1,0 +1,42 @@
+//! User namespaces that outlive the process they were made with, as descriptors.
+
+use std::fmt::Write as _;
+use std::os::fd::{AsFd, OwnedFd};
+
+use super::error::{Error, Result};
+use super::spec::IdMapping;
+use super::sys::{self, Fork};
+
+/// Makes a user namespace with these maps, for users and groups alike.
+///
+/// A child is born in it, waits, and is ended once the namespace is held by its descriptor.
+pub fn make(maps: &[IdMapping]) -> Result<OwnedFd> {
+    let how = Fork { namespaces: libc::CLONE_NEWUSER as u64, cgroup: None };
+    // SAFETY: the child only waits for the signal that ends it.
+    let Some((pid, pidfd)) = (unsafe { sys::fork(&how) })? else {
+        loop {
+            // SAFETY: no arguments. If the keeper dies, init adopts a process that owns nothing: end with it.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                libc::pause();
+            }
+        }
+    };
+    let result = map(pid, maps);
+    sys::pidfd_kill(pidfd.as_fd(), libc::SIGKILL)?;
+    sys::wait(pid);
+    result
+}
+
+fn map(pid: i32, maps: &[IdMapping]) -> Result<OwnedFd> {
+    let mut text = String::new();
+    for one in maps {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{} {} {}", one.container_id, one.host_id, one.size);
+    }
+    for file in ["uid_map", "gid_map"] {
+        let path = format!("/proc/{pid}/{file}");
+        std::fs::write(&path, &text).map_err(|error| Error::io("write", &path, &error))?;
+    }
+    sys::open(&format!("/proc/{pid}/ns/user"), libc::O_RDONLY)
+}
