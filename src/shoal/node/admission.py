@@ -1,0 +1,313 @@
+"""What may start: limits that make sense, and room for them.
+
+Two questions with two answers. Does the spec make sense on this host at all? If not, it never will:
+`InvalidArgumentError`. Is there room now? If not, there may be later: `ResourceExhaustedError`. The reservation
+is a plain call between two awaits, so that of two creates which race for the last room one gets it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from shoal.errors import InvalidArgumentError, ResourceExhaustedError
+from shoal.types import SandboxSpec
+
+MIN_CPU = 0.01
+"""The kernel's smallest quota is 1 ms of each 100 ms."""
+MIN_MEMORY_MIB = 16
+_MAX_ENV_BYTES = 128 * 1024
+_MAX_LABELS = 64
+_MAX_LABEL_KEY = 128
+_MAX_LABEL_VALUE = 1024
+_MAX_WORD = 4096
+_LAST_GUEST_ID = 65_535
+_USER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}\$?")
+_AVAILABLE_FOR = 0.25
+
+
+class Resources(msgspec.Struct, frozen=True, kw_only=True):
+    """Amounts of what sandboxes share."""
+
+    cpu: float
+    memory_mib: int
+    disk_mib: int
+    pids: int
+
+    @classmethod
+    def of(cls, spec: SandboxSpec) -> Resources:
+        """What a spec asks for."""
+        return cls(cpu=spec.cpu, memory_mib=spec.memory_mib, disk_mib=spec.disk_mib, pids=spec.pids)
+
+
+class Overcommit(msgspec.Struct, frozen=True, kw_only=True):
+    """How much is promised for each unit that is there."""
+
+    cpu: float = 1.0
+    memory: float = 1.0
+    disk: float = 1.0
+    pids: float = 1.0
+
+
+class Admission:
+    """The host's room and what of it is promised.
+
+    Args:
+        host: What is there. A sandbox's own limit cannot be higher.
+        overcommit: Factors on it, for the sum of all sandboxes.
+        max_sandboxes: Sandboxes alive at once.
+        max_timeout: Longest lifetime in seconds.
+        available_mib: Asked for the MiB of memory that are really available now.
+        reserve_memory_mib: Nothing is admitted while less than this is available.
+    """
+
+    def __init__(
+        self,
+        host: Resources,
+        *,
+        overcommit: Overcommit,
+        max_sandboxes: int,
+        max_timeout: float,
+        reserve_memory_mib: int = 0,
+        available_mib: Callable[[], int] | None = None,
+    ) -> None:
+        self.host = host
+        self._max_sandboxes = max_sandboxes
+        self._max_timeout = max_timeout
+        self._reserve_memory_mib = reserve_memory_mib
+        self._available_mib = available_mib
+        self._available_seen = -math.inf
+        self._available = 0
+        self._total = (
+            host.cpu * overcommit.cpu,
+            host.memory_mib * overcommit.memory,
+            host.disk_mib * overcommit.disk,
+            host.pids * overcommit.pids,
+        )
+        # CPUs are counted in thousandths: sums of floats would drift over millions of sandboxes.
+        self._milli_cpu = 0
+        self._memory_mib = 0
+        self._disk_mib = 0
+        self._pids = 0
+        self._sandboxes = 0
+
+    @property
+    def reserved(self) -> Resources:
+        """What is promised at the moment."""
+        return Resources(
+            cpu=self._milli_cpu / 1000,
+            memory_mib=self._memory_mib,
+            disk_mib=self._disk_mib,
+            pids=self._pids,
+        )
+
+    def check(self, spec: SandboxSpec) -> None:
+        """Say no to a spec that makes no sense on this host. Reserves nothing.
+
+        Raises:
+            InvalidArgumentError: Names the field, its value and, where the host sets the bound, the host's number.
+        """
+        host = self.host
+        _bounded("cpu", spec.cpu, MIN_CPU, host.cpu, "CPUs")
+        _bounded("memory_mib", spec.memory_mib, MIN_MEMORY_MIB, host.memory_mib, "MiB of memory")
+        _bounded("disk_mib", spec.disk_mib, 1, host.disk_mib, "MiB of disk")
+        _bounded("pids", spec.pids, 1, host.pids, "processes")
+        if not math.isfinite(spec.timeout) or spec.timeout <= 0:
+            raise InvalidArgumentError(
+                f"timeout must be a number of seconds above 0, not {spec.timeout:g}",
+                field="timeout",
+            )
+        if spec.timeout > self._max_timeout:
+            raise InvalidArgumentError(
+                f"timeout of {spec.timeout:g} s is more than the node's maximum of {self._max_timeout:g} s",
+                hint="ask for less, or raise max_timeout on the node",
+                field="timeout",
+            )
+        _check_words(spec)
+
+    @contextlib.contextmanager
+    def reserve(self, spec: SandboxSpec) -> Iterator[None]:
+        """Hold room for a checked spec until the block ends.
+
+        Raises:
+            ResourceExhaustedError: There is no room now. Nothing was reserved.
+        """
+        milli_cpu = round(spec.cpu * 1000)
+        cpu_total, memory_total, disk_total, pids_total = self._total
+        if self._sandboxes >= self._max_sandboxes:
+            raise ResourceExhaustedError(
+                f"the node has {self._sandboxes} sandboxes, its maximum",
+                hint="end sandboxes that are idle, or raise max_sandboxes on the node",
+                resource="sandboxes",
+                total=self._max_sandboxes,
+            )
+        _fits("cpu", spec.cpu, self._milli_cpu / 1000, cpu_total)
+        _fits("memory_mib", spec.memory_mib, self._memory_mib, memory_total)
+        _fits("disk_mib", spec.disk_mib, self._disk_mib, disk_total)
+        _fits("pids", spec.pids, self._pids, pids_total)
+        self._check_available()
+        self._milli_cpu += milli_cpu
+        self._memory_mib += spec.memory_mib
+        self._disk_mib += spec.disk_mib
+        self._pids += spec.pids
+        self._sandboxes += 1
+        try:
+            yield
+        finally:
+            self._milli_cpu -= milli_cpu
+            self._memory_mib -= spec.memory_mib
+            self._disk_mib -= spec.disk_mib
+            self._pids -= spec.pids
+            self._sandboxes -= 1
+
+    def _check_available(self) -> None:
+        if self._available_mib is None or not self._reserve_memory_mib:
+            return
+        now = time.monotonic()
+        if now - self._available_seen > _AVAILABLE_FOR:
+            self._available, self._available_seen = self._available_mib(), now
+        if self._available < self._reserve_memory_mib:
+            raise ResourceExhaustedError(
+                f"the host has {self._available} MiB of memory available and keeps {self._reserve_memory_mib} MiB",
+                hint="end sandboxes, or wait until they use less",
+                resource="memory_mib",
+            )
+
+
+def _bounded(field: str, value: float, least: float, host: float, unit: str) -> None:
+    if not math.isfinite(value) or value <= 0:
+        raise InvalidArgumentError(f"{field} must be above 0, not {value:g}", field=field)
+    if value < least:
+        raise InvalidArgumentError(
+            f"{field} of {value:g} is less than the minimum of {least:g}", field=field
+        )
+    if value > host:
+        raise InvalidArgumentError(
+            f"{field} of {value:g} is more than this host has: {host:g} {unit}",
+            hint=f"ask for {host:g} or less",
+            field=field,
+            host=host,
+        )
+
+
+def _fits(resource: str, asked: float, reserved: float, total: float) -> None:
+    if reserved + asked > total:
+        raise ResourceExhaustedError(
+            f"no room for {resource} of {asked:g}: {reserved:g} of {total:g} are promised",
+            hint=f"end sandboxes that are idle, ask for less {resource}, or raise the overcommit factor on the node",
+            resource=resource,
+            asked=asked,
+            reserved=reserved,
+            total=total,
+        )
+
+
+def _check_words(spec: SandboxSpec) -> None:
+    if not spec.image or len(spec.image) > _MAX_WORD or not spec.image.isprintable():
+        raise InvalidArgumentError(
+            "image must be a name or a digest", hint="`base` is always there", field="image"
+        )
+    size = 0
+    for name, value in spec.env.items():
+        size += (
+            len(name.encode("utf-8", "surrogatepass"))
+            + len(value.encode("utf-8", "surrogatepass"))
+            + 2
+        )
+        if not name or "=" in name or "\0" in name:
+            raise InvalidArgumentError(f"env has a name that cannot be one: {name!r}", field="env")
+        if "\0" in value:
+            raise InvalidArgumentError(f"env {name} has a NUL character in its value", field="env")
+    if size > _MAX_ENV_BYTES:
+        raise InvalidArgumentError(
+            f"env has {size} bytes, the maximum is {_MAX_ENV_BYTES}",
+            hint="upload a file instead",
+            field="env",
+        )
+    if len(spec.labels) > _MAX_LABELS:
+        raise InvalidArgumentError(
+            f"{len(spec.labels)} labels, the maximum is {_MAX_LABELS}", field="labels"
+        )
+    for name, value in spec.labels.items():
+        if not name or len(name) > _MAX_LABEL_KEY or "=" in name or not name.isprintable():
+            raise InvalidArgumentError(
+                f"label {name[:_MAX_LABEL_KEY]!r} cannot be a label's name",
+                hint=f"1 to {_MAX_LABEL_KEY} printable characters without `=`",
+                field="labels",
+            )
+        if len(value) > _MAX_LABEL_VALUE or not value.isprintable():
+            raise InvalidArgumentError(
+                f"label {name} has a value that is too long or not printable",
+                hint=f"at most {_MAX_LABEL_VALUE} printable characters",
+                field="labels",
+            )
+    if spec.workdir is not None and (
+        not spec.workdir.startswith("/") or "\0" in spec.workdir or len(spec.workdir) > _MAX_WORD
+    ):
+        raise InvalidArgumentError(
+            f"workdir must be an absolute path, not {spec.workdir[:200]!r}", field="workdir"
+        )
+    if spec.user is not None:
+        check_user(spec.user)
+
+
+def check_user(user: str) -> None:
+    """Say no to what cannot be `name`, `uid`, `name:group` or `uid:gid`.
+
+    Raises:
+        InvalidArgumentError: It is none of these, or an id is not one of 0 to 65535 in plain decimal.
+    """
+    parts = user.split(":")
+    if len(parts) > 2 or not all(_is_name_or_id(part) for part in parts):
+        raise InvalidArgumentError(
+            f"user cannot be {user[:200]!r}",
+            hint=f"a name or an id of 0 to {_LAST_GUEST_ID}, and a group after a colon if you like",
+            field="user",
+        )
+
+
+def _is_name_or_id(word: str) -> bool:
+    if word.isascii() and word.isdigit():
+        # One spelling a number: `00`, `0x0` or 4294967296 must never end up as root.
+        return len(word) <= 5 and str(int(word)) == word and int(word) <= _LAST_GUEST_ID
+    return _USER_NAME.fullmatch(word) is not None
+
+
+def host_resources(
+    *, disk_mib: int, reserve_memory_mib: int, proc: Path = Path("/proc")
+) -> Resources:
+    """What this machine has for sandboxes.
+
+    Args:
+        disk_mib: Size of the disk pool, as the keeper tells it.
+        reserve_memory_mib: Memory that is not for sandboxes.
+        proc: Where procfs is.
+    """
+    memory_mib = _meminfo(proc, "MemTotal") - reserve_memory_mib
+    pids = min(int((proc / "sys/kernel" / name).read_text()) for name in ("pid_max", "threads-max"))
+    return Resources(
+        cpu=float(len(os.sched_getaffinity(0))),
+        memory_mib=max(memory_mib, 0),
+        disk_mib=disk_mib,
+        pids=pids,
+    )
+
+
+def available_memory_mib(proc: Path = Path("/proc")) -> int:
+    """Memory that could be used now without swapping. Source: proc_meminfo(5), MemAvailable."""
+    return _meminfo(proc, "MemAvailable")
+
+
+def _meminfo(proc: Path, key: str) -> int:
+    for line in (proc / "meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name == key:
+            return int(rest.split()[0]) // 1024
+    raise RuntimeError(f"no {key} in {proc}/meminfo")

@@ -1,0 +1,198 @@
+"""The front door, as the engine sees it and over its control socket.
+
+Lines of JSON. The front door may be started after us or again while sandboxes run, so the connection is made anew
+whenever it breaks, and the engine is told: it then shows the new door every running sandbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import anyio
+import msgspec
+import structlog
+
+from shoal.errors import NodeUnavailableError, StartFailedError, StartTimeoutError
+
+log = structlog.get_logger(__name__)
+
+_GRACE = 2.0
+_DETACH = 5.0
+_MAX_LINE = 1 << 20
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 1.0
+
+
+class Process(msgspec.Struct, frozen=True, kw_only=True):
+    """Defaults of every exec."""
+
+    env: list[str]
+    cwd: str
+    user: str
+    """As `types.SandboxSpec.user`; empty: root."""
+
+
+class Attached(msgspec.Struct, frozen=True):
+    """What the guest agent said in READY."""
+
+    generation: int
+    version: int = 0
+    ready_us: int = 0
+
+
+class Door(Protocol):
+    """What the engine asks of the front door."""
+
+    on_connect: Callable[[], None]
+    """Called whenever a front door is there that was not before; it knows no sandbox yet."""
+
+    async def attach(
+        self, sandbox: str, *, socket: str, token: str, process: Process, deadline: float
+    ) -> Attached:
+        """Connect to a guest agent and serve its sandbox; returns when the agent said READY.
+
+        Raises:
+            StartTimeoutError: It said nothing within `deadline` seconds.
+            StartFailedError: It ended or said something else.
+        """
+        ...
+
+    async def detach(self, sandbox: str) -> None:
+        """Stop serving a sandbox and end its streams. An unknown id is fine."""
+        ...
+
+
+class _Error(msgspec.Struct, frozen=True):
+    code: str
+    message: str = ""
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    id: int
+    ok: msgspec.Raw = msgspec.Raw()
+    error: _Error | None = None
+
+
+def _ignore_connect() -> None:
+    return
+
+
+class DoorClient:
+    """The front door over `door.sock`; `run` keeps the connection.
+
+    Args:
+        path: The socket.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last_id = 0
+        self._writer: asyncio.StreamWriter | None = None
+        self._connected = anyio.Event()
+        self._waiting: dict[int, asyncio.Future[_Answer]] = {}
+        self._encode = msgspec.json.Encoder().encode
+        self._decode = msgspec.json.Decoder(_Answer).decode
+        self.on_connect: Callable[[], None] = _ignore_connect
+
+    async def run(self) -> None:
+        """Connect, read answers, and connect again when the connection broke. Ends when it is cancelled."""
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                reader, writer = await asyncio.open_unix_connection(
+                    str(self._path), limit=_MAX_LINE
+                )
+            except OSError as error:
+                log.debug("door_absent", path=str(self._path), error=str(error))
+                await anyio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
+                continue
+            pause = _FIRST_PAUSE
+            self._writer = writer
+            self._connected.set()
+            log.info("door_connected", path=str(self._path))
+            self.on_connect()
+            try:
+                await self._read(reader)
+            finally:
+                self._disconnect()
+            log.warning("door_lost", path=str(self._path))
+
+    async def attach(
+        self, sandbox: str, *, socket: str, token: str, process: Process, deadline: float
+    ) -> Attached:
+        """See `Door`."""
+        request = {
+            "op": "attach",
+            "sandbox": sandbox,
+            "socket": socket,
+            "token": token,
+            "process": process,
+            "deadline_ms": max(1, round(deadline * 1000)),
+        }
+        try:
+            with anyio.fail_after(deadline + _GRACE):
+                answer = await self._call(request)
+        except TimeoutError as error:
+            raise StartTimeoutError(f"its guest agent was silent for {deadline:g} s") from error
+        if answer.error is not None:
+            kind = StartTimeoutError if answer.error.code == "start_timeout" else StartFailedError
+            raise kind(
+                answer.error.message or f"the front door answered {answer.error.code}",
+                stage="ready",
+            )
+        try:
+            return msgspec.json.decode(answer.ok, type=Attached)
+        except msgspec.DecodeError as error:
+            raise StartFailedError(
+                f"the front door's answer makes no sense: {error}", stage="ready"
+            ) from error
+
+    async def detach(self, sandbox: str) -> None:
+        """See `Door`."""
+        if self._writer is None:
+            return  # a front door that is gone serves nobody
+        with anyio.fail_after(_DETACH):
+            await self._call({"op": "detach", "sandbox": sandbox})
+
+    async def _call(self, request: dict[str, Any]) -> _Answer:
+        while self._writer is None:
+            await self._connected.wait()
+        self._last_id += 1
+        number = self._last_id
+        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = answer
+        try:
+            self._writer.write(self._encode({"id": number, **request}) + b"\n")
+            return await answer
+        finally:
+            self._waiting.pop(number, None)
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        while True:
+            try:
+                line = await reader.readuntil(b"\n")
+            except (OSError, asyncio.IncompleteReadError):
+                return
+            except asyncio.LimitOverrunError as error:
+                log.error("door_line_too_long", error=str(error))
+                return
+            try:
+                answer = self._decode(line)
+            except msgspec.DecodeError as error:
+                log.error("door_line_unreadable", error=str(error))
+                continue
+            waiter = self._waiting.get(answer.id)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(answer)
+
+    def _disconnect(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
+        self._connected = anyio.Event()
+        for waiter in self._waiting.values():
+            if not waiter.done():
+                waiter.set_exception(NodeUnavailableError("the front door is gone"))

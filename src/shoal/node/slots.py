@@ -1,0 +1,63 @@
+"""Ranges of host ids: a number a sandbox, the smallest that is free.
+
+Small numbers come back soon, so that the ids in use stay dense and a leak shows as a growing number.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+from shoal.errors import InternalError, ResourceExhaustedError
+
+FIRST_ID = 2_147_483_648
+"""First host id of slot 0; below it are the host's own users."""
+IDS_PER_SLOT = 65_537
+"""The image's 0 to 65535, and one more for the guest agent."""
+SLOTS = (2**32 - 1 - FIRST_ID) // IDS_PER_SLOT
+"""Ranges that fit below (uid_t)-1."""
+
+
+def first_host_id(slot: int) -> int:
+    """The host id that is uid 0 in the sandbox which holds the slot."""
+    return FIRST_ID + slot * IDS_PER_SLOT
+
+
+class Slots:
+    """Who holds which range. `take` and `give_back` are plain calls, so no two takers can meet."""
+
+    def __init__(self, count: int = SLOTS) -> None:
+        self._count = count
+        self._next = 0
+        self._free: list[int] = []
+        self._taken: set[int] = set()
+
+    @property
+    def taken(self) -> int:
+        """How many are taken."""
+        return len(self._taken)
+
+    def take(self) -> int:
+        """The smallest free slot, now taken.
+
+        Raises:
+            ResourceExhaustedError: All are taken.
+        """
+        if self._free:
+            slot = heapq.heappop(self._free)
+        elif self._next < self._count:
+            slot = self._next
+            self._next += 1
+        else:
+            raise ResourceExhaustedError(
+                f"all {self._count} ranges of host ids are taken",
+                hint="end sandboxes that are idle",
+            )
+        self._taken.add(slot)
+        return slot
+
+    def give_back(self, slot: int) -> None:
+        """Free a slot. Call it when nothing of its holder is left: the next one gets the same host ids."""
+        if slot not in self._taken:
+            raise InternalError(f"slot {slot} is not taken")
+        self._taken.remove(slot)
+        heapq.heappush(self._free, slot)
