@@ -1,0 +1,195 @@
+"""A running process joined to this program's own stdin, stdout and stderr, byte for byte."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+
+from shoal.errors import ShoalError
+from shoal.sdk import AsyncProcess, AsyncStreamReader
+from shoal.types import ExecExit, Outcome, PtySize
+
+_CHUNK = 1 << 18
+
+
+class _Writer:
+    """Writes to a descriptor from a thread of its own: a reader who stalls stalls nothing else, nor our exit."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._work: queue.SimpleQueue[tuple[bytes, asyncio.Future[None]]] = queue.SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        threading.Thread(target=self._main, name=f"shoal-write-{fd}", daemon=True).start()
+
+    async def write(self, data: bytes) -> None:
+        """Write all of it."""
+        done = self._loop.create_future()
+        self._work.put((data, done))
+        await done
+
+    def _main(self) -> None:
+        while True:
+            data, done = self._work.get()
+            error: OSError | None = None
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(self._fd, rest) :]
+            except OSError as caught:
+                error = caught
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                self._loop.call_soon_threadsafe(_settle, done, error)
+
+
+def _settle(done: asyncio.Future[None], error: OSError | None) -> None:
+    if done.done():
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)
+
+
+async def _read_fd(fd: int) -> AsyncIterator[bytes]:
+    """What comes on a descriptor, up to its end; read in a thread that our exit does not wait for."""
+    loop = asyncio.get_running_loop()
+    arrived: asyncio.Queue[bytes] = asyncio.Queue()
+    room = threading.Semaphore(4)
+
+    def main() -> None:
+        while True:
+            room.acquire()
+            try:
+                data = os.read(fd, _CHUNK)
+            except OSError:
+                data = b""
+            try:
+                loop.call_soon_threadsafe(arrived.put_nowait, data)
+            except RuntimeError:
+                return
+            if not data:
+                return
+
+    threading.Thread(target=main, name=f"shoal-read-{fd}", daemon=True).start()
+    while data := await arrived.get():
+        yield data
+        room.release()
+
+
+async def join(process: AsyncProcess, *, stdin: bool) -> ExecExit:
+    """Pass bytes both ways until the process has ended and all its output is written.
+
+    Args:
+        process: What to join.
+        stdin: Send it what comes on our stdin.
+    """
+
+    async def out(reader: AsyncStreamReader, fd: int) -> None:
+        writer = _Writer(fd)
+        while data := await reader.read(_CHUNK):
+            await writer.write(data)
+
+    async def feed() -> None:
+        with contextlib.suppress(ShoalError):  # it does not read any more
+            async for data in _read_fd(0):
+                await process.stdin.write(data)
+            await process.stdin.close()
+
+    feeder = asyncio.create_task(feed()) if stdin else None
+    outputs = [
+        asyncio.create_task(out(process.stdout, 1)),
+        asyncio.create_task(out(process.stderr, 2)),
+    ]
+    try:
+        await asyncio.gather(*outputs)
+        await process.wait()
+    except BaseException:
+        with contextlib.suppress(ShoalError):
+            await asyncio.shield(process.kill())
+        raise
+    finally:
+        for task in (*outputs, *([feeder] if feeder else [])):
+            task.cancel()
+    assert process.exit is not None  # noqa: S101 - wait returned
+    return process.exit
+
+
+def terminal_size() -> PtySize:
+    """The size of our terminal."""
+    columns, lines = shutil.get_terminal_size()
+    return PtySize(rows=max(1, lines), cols=max(1, columns))
+
+
+@contextlib.contextmanager
+def raw_terminal() -> Iterator[None]:
+    """Pass every key on as it is while the block runs; the terminal is as before afterwards."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios
+    import tty
+
+    before = termios.tcgetattr(0)
+    try:
+        tty.setraw(0)
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
+async def join_terminal(process: AsyncProcess) -> ExecExit:
+    """As `join`, for a process with a terminal: keys go there unseen by ours, and its size follows ours."""
+    loop = asyncio.get_running_loop()
+    resizes: set[asyncio.Task[None]] = set()
+
+    async def resize() -> None:
+        size = terminal_size()
+        with contextlib.suppress(ShoalError):
+            await process.resize(size.rows, size.cols)
+
+    def resized() -> None:
+        task = asyncio.create_task(resize())
+        resizes.add(task)
+        task.add_done_callback(resizes.discard)
+
+    if hasattr(signal, "SIGWINCH"):
+        loop.add_signal_handler(signal.SIGWINCH, resized)
+    try:
+        with raw_terminal():
+            return await join(process, stdin=True)
+    finally:
+        if hasattr(signal, "SIGWINCH"):
+            loop.remove_signal_handler(signal.SIGWINCH)
+
+
+def exit_code(end: ExecExit) -> tuple[int, str]:
+    """Our exit code for a command's end, and what to say about it (mostly nothing).
+
+    The command's own; 127 and 126 as a shell's for one that does not start; 124 as timeout(1)'s; 128+n for
+    signal n.
+    """
+    match end.outcome:
+        case Outcome.EXITED:
+            return end.exit_code or 0, ""
+        case Outcome.NOT_STARTED:
+            why = os.strerror(end.errno) if end.errno else "refused"
+            missing = end.errno == 2 and end.stage in (None, "exec")
+            return (
+                127 if missing else 126
+            ), f"the command did not start: {why} (at {end.stage or 'exec'})"
+        case Outcome.TIMED_OUT:
+            return 124, "the command was killed: its time was up"
+        case Outcome.OOM_KILLED:
+            return (
+                137,
+                "the command was killed: it went over the sandbox's memory limit (see --memory)",
+            )
+        case _:
+            return 128 + (end.signal or 9), ""

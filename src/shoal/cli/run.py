@@ -1,0 +1,141 @@
+"""`shoal run`: a sandbox for one command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from shoal.cli import _streams
+from shoal.cli._options import drive, exec_options, print_json, sandbox_options, say, timeout_option
+from shoal.sdk import AsyncSandbox
+from shoal.types import ExecExit, PtySize
+
+_MARGIN = 30.0
+"""Seconds that the sandbox outlives its command's time, so that the command's end can be told."""
+
+
+@click.command(context_settings={"ignore_unknown_options": False})
+@sandbox_options
+@exec_options
+@timeout_option("Seconds after which the command is killed (exit code 124).")
+@click.option("-i", "--interactive", is_flag=True, help="Forward stdin even if it is a terminal.")
+@click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object with outcome and output instead."
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def command(
+    command: tuple[str, ...],
+    interactive: bool,
+    tty: bool,
+    as_json: bool,
+    timeout: float,
+    **options: Any,
+) -> None:
+    """Make a sandbox, run one command in it, remove the sandbox.
+
+    stdin (if it is no terminal), stdout and stderr pass through byte for byte, as they come. The exit code is
+    the command's own; 124 if its time was up, 127 or 126 if it was not found or could not start, 128+n if
+    signal n ended it, 137 if it went over its memory limit.
+
+    \b
+    shoal run -- python3 -c 'print(6*7)'
+    shoal run -- sh -c 'echo out; echo err >&2; exit 7'
+    echo hi | shoal run -- cat
+    shoal run --memory 2g --cpu 2 --timeout 60 -e SEED=1 -- ./simulate
+    shoal run -it -- bash
+    """
+    raise SystemExit(drive(_run(list(command), interactive, tty, as_json, timeout, options)))
+
+
+async def _run(
+    argv: list[str],
+    interactive: bool,
+    tty: bool,
+    as_json: bool,
+    timeout: float,
+    options: dict[str, Any],
+) -> int:
+    forward = interactive or not sys.stdin.isatty()
+    async with await create(timeout=timeout + _MARGIN, **options) as sandbox:
+        if as_json:
+            stdin = sys.stdin.buffer.read() if forward and not sys.stdin.closed else None
+            result = await sandbox.run(argv, stdin=stdin, timeout=timeout)
+            print_json(
+                {
+                    "sandbox": sandbox.id,
+                    "outcome": result.outcome,
+                    "exit_code": result.exit_code,
+                    "signal": result.signal,
+                    "errno": result.errno,
+                    "stage": result.stage,
+                    "stdout": result.stdout,
+                    "stderr": result.stderr,
+                    "truncated": result.truncated,
+                    "usage": result.usage,
+                }
+            )
+            end = ExecExit(
+                outcome=result.outcome,
+                exit_code=result.exit_code,
+                signal=result.signal,
+                errno=result.errno,
+                stage=result.stage,
+            )
+            return _streams.exit_code(end)[0]
+        pty: bool | PtySize = _streams.terminal_size() if tty else False
+        process = await sandbox.exec(
+            argv, stdin=forward, pty=pty, env=_terminal(tty), timeout=timeout
+        )
+        end = await (
+            _streams.join_terminal(process) if tty else _streams.join(process, stdin=forward)
+        )
+    return conclude(end)
+
+
+def conclude(end: ExecExit) -> int:
+    """The exit code for a command's end, after saying what there is to say."""
+    code, remark = _streams.exit_code(end)
+    if remark:
+        say(f"shoal: {remark}")
+    return code
+
+
+def _terminal(tty: bool) -> dict[str, str]:
+    import os
+
+    return {"TERM": os.environ.get("TERM", "xterm")} if tty else {}
+
+
+async def create(
+    *,
+    timeout: float | None,
+    image: str,
+    cpu: float | None,
+    memory: int | None,
+    disk: int | None,
+    pids: int | None,
+    network: Any,
+    runtime: Any,
+    label: tuple[tuple[str, str], ...],
+    env: tuple[tuple[str, str], ...],
+    user: str | None,
+    workdir: str | None,
+) -> AsyncSandbox:
+    """A sandbox as the options of `sandbox_options` and `exec_options` say."""
+    return await AsyncSandbox.create(
+        image,
+        cpu=cpu,
+        memory_mib=memory,
+        disk_mib=disk,
+        pids=pids,
+        timeout=timeout,
+        env=dict(env),
+        labels=dict(label),
+        network=network,
+        runtime=runtime,
+        user=user,
+        workdir=workdir,
+    )

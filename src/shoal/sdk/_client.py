@@ -1,0 +1,336 @@
+"""HTTP to a node's front door: one pool of connections per event loop, every answer checked, every error typed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import urllib.parse
+import weakref
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import aiohttp
+import msgspec
+
+from shoal.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidArgumentError,
+    NodeUnavailableError,
+    ShoalError,
+    from_problem,
+)
+
+T = TypeVar("T")
+Query = Mapping[str, str] | Sequence[tuple[str, str]]
+
+CALL_DEADLINE = 60.0
+"""Seconds for a call that only asks or tells."""
+CONNECT_DEADLINE = 10.0
+"""Seconds for a connection to be accepted."""
+_CONTROL_CONNECTIONS = 100
+"""Short calls at once. Streams have a pool of their own: a long exec must not keep a kill from being sent."""
+_PIECE = 1 << 18
+"""Bytes of a body that are handed over at once."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a node is: `unix:///path/to/shoal.sock` or `http://host:port`."""
+
+    url: str
+    embedded: bool = False
+    """This machine's own node, which is started when nobody answers."""
+
+    @property
+    def socket(self) -> str | None:
+        """Path of the unix socket, if it is one."""
+        return self.url.removeprefix("unix://") if self.url.startswith("unix://") else None
+
+
+def default_address() -> Address:
+    """The node of `SHOAL_URL`, or else the embedded one.
+
+    Raises:
+        InvalidArgumentError: `SHOAL_URL` is no address of a node.
+    """
+    url = os.environ.get("SHOAL_URL", "").strip()
+    if not url:
+        from shoal.local import node
+
+        return Address(f"unix://{node.socket_path()}", embedded=True)
+    return parse_address(url)
+
+
+def parse_address(url: str) -> Address:
+    """Check a node's address.
+
+    Raises:
+        InvalidArgumentError: It is neither a unix socket nor an http URL.
+    """
+    parts = urllib.parse.urlsplit(url)
+    plain = not parts.query and not parts.fragment
+    if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/") and plain:
+        return Address(url)
+    if parts.scheme in ("http", "https") and parts.hostname and parts.path in ("", "/") and plain:
+        return Address(url.rstrip("/"))
+    raise InvalidArgumentError(
+        f"not a node's address: {url!r}", hint="use unix:///path/to/shoal.sock or http://host:port"
+    )
+
+
+_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Address, Client]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def client(address: Address) -> Client:
+    """The running loop's client for `address`; it closes with the loop."""
+    here = _clients.setdefault(asyncio.get_running_loop(), {})
+    if (known := here.get(address)) is None or known.closed:
+        known = here[address] = Client(address)
+    return known
+
+
+class Client:
+    """Connections of one event loop to one node."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.closed = False
+        self.base_lock = asyncio.Lock()
+        """Held while the `base` image is being built."""
+        self._base = "http://shoal" if address.socket else address.url
+        self._control = self._session(_CONTROL_CONNECTIONS)
+        self._streams = self._session(0)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._guard: AsyncGenerator[None] | None = None
+        self._starting = asyncio.Lock()
+
+    def _session(self, limit: int) -> aiohttp.ClientSession:
+        path = self.address.socket
+        connector: aiohttp.BaseConnector = (
+            aiohttp.UnixConnector(path=path, limit=limit)
+            if path
+            else aiohttp.TCPConnector(limit=limit)
+        )
+        return aiohttp.ClientSession(
+            connector=connector,
+            auto_decompress=False,
+            read_bufsize=1 << 20,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_DEADLINE),
+            headers={"User-Agent": "shoal"},
+        )
+
+    async def aclose(self) -> None:
+        """End what this client still does and close its connections."""
+        if self.closed:
+            return
+        self.closed = True
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=1.0)
+        await self._control.close()
+        await self._streams.close()
+
+    def own(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a task that ends with this client at the latest."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def call(
+        self,
+        kind: type[T],
+        method: str,
+        path: str,
+        *,
+        query: Query | None = None,
+        body: object = None,
+        data: bytes | AsyncIterable[bytes] | None = None,
+        token: str | None = None,
+        deadline: float | None = CALL_DEADLINE,
+        stream: bool = False,
+        headers: Mapping[str, str] | None = None,
+    ) -> T:
+        """One request with one JSON answer, decoded as `kind`; `NoneType` for an answer without a body.
+
+        Args:
+            kind: What the answer is; unknown fields in it are ignored.
+            method: HTTP method.
+            path: From `/v1` on, already quoted.
+            query: Parameters.
+            body: Sent as JSON, unless `data` is given.
+            data: Sent as it is; an iterable is sent as it comes.
+            token: A sandbox's access token.
+            deadline: Seconds for all of it; None only where the caller bounds it.
+            stream: Use the pool for long transfers.
+            headers: More headers.
+
+        Raises:
+            DeadlineExceededError: The deadline passed; whether the node acted is not known.
+            NodeUnavailableError: Nobody answers, or the node went away in the middle.
+            ShoalError: What the node said.
+        """
+        try:
+            async with (
+                asyncio.timeout(deadline),
+                self.open(
+                    method,
+                    path,
+                    query=query,
+                    body=body,
+                    data=data,
+                    token=token,
+                    stream=stream,
+                    headers=headers,
+                ) as response,
+            ):
+                raw = await response.read()
+        except TimeoutError as error:
+            raise DeadlineExceededError(
+                f"no answer within {deadline:g} s: {method} {path}"
+            ) from error
+        if kind is type(None):
+            return None
+        try:
+            return msgspec.json.decode(raw, type=kind)
+        except msgspec.DecodeError as error:
+            raise InternalError(f"unexpected answer to {method} {path}: {error}") from error
+
+    @contextlib.asynccontextmanager
+    async def open(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Query | None = None,
+        body: object = None,
+        data: bytes | AsyncIterable[bytes] | None = None,
+        token: str | None = None,
+        stream: bool = True,
+        headers: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A request whose answer the caller reads; the status is checked already.
+
+        No deadline of its own except that for the connection.
+
+        Raises:
+            NodeUnavailableError: Nobody answers, or the node went away, also while the caller reads.
+            ShoalError: What the node said.
+        """
+        if self._guard is None:
+            # asyncio closes async generators together with their loop, and so this client.
+            self._guard = _close_with_loop(self)
+            await anext(self._guard)
+        sent = dict(headers or {})
+        if token is not None:
+            sent["Authorization"] = f"Bearer {token}"
+        if data is None and body is not None:
+            data = msgspec.json.encode(body)
+            sent["Content-Type"] = "application/json"
+        elif data is not None:
+            sent.setdefault("Content-Type", "application/octet-stream")
+        whole = data if isinstance(data, bytes) and len(data) > _PIECE else None
+        if whole is not None:
+            sent["Content-Length"] = str(len(whole))
+        broken: list[Exception] = []
+        if data is not None and not isinstance(data, bytes):
+            data = _watched(data, broken)
+        session = self._streams if stream else self._control
+        url = self._base + path
+        for attempt in (1, 2):
+            try:
+                async with session.request(
+                    method,
+                    url,
+                    params=query,
+                    data=data if whole is None else _pieces(whole),
+                    headers=sent,
+                    allow_redirects=False,
+                ) as response:
+                    if response.status >= 300:
+                        raise await _refusal(response)
+                    yield response
+                return
+            except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as error:
+                # Nothing was sent, so trying again repeats nothing.
+                if attempt == 2 or not self.address.embedded:
+                    raise self._unavailable(error) from error
+            except (aiohttp.ClientError, ConnectionError) as error:
+                if broken:
+                    raise broken[0] from None
+                raise self._unavailable(error, lost=True) from error
+            await self._start_node()
+
+    async def _start_node(self) -> None:
+        from shoal.local import node
+
+        async with self._starting:
+            await asyncio.to_thread(node.ensure)
+
+    def _unavailable(self, error: Exception, *, lost: bool = False) -> NodeUnavailableError:
+        where = self.address.url
+        if lost:
+            return NodeUnavailableError(f"the connection to the node at {where} broke: {error}")
+        hint = "" if self.address.embedded else "is `shoal serve` running there? see SHOAL_URL"
+        return NodeUnavailableError(f"no node answers at {where}: {error}", hint=hint)
+
+
+async def _watched(data: AsyncIterable[bytes], broken: list[Exception]) -> AsyncGenerator[bytes]:
+    """`data`; what it raises is kept, because aiohttp tells it as a failure of the connection."""
+    try:
+        async for piece in data:
+            yield piece
+    except Exception as error:
+        broken.append(error)
+        raise
+
+
+async def _pieces(data: bytes) -> AsyncGenerator[bytes]:
+    """A large body bit by bit, so that the loop does other things in between."""
+    for at in range(0, len(data), _PIECE):
+        yield data[at : at + _PIECE]
+
+
+async def _close_with_loop(client: Client) -> AsyncGenerator[None]:
+    try:
+        yield
+    finally:
+        await client.aclose()
+
+
+async def _refusal(response: aiohttp.ClientResponse) -> ShoalError:
+    """The error behind an answer that is not a success."""
+    try:
+        async with asyncio.timeout(10):
+            raw = await response.content.read(1 << 20)
+    except (TimeoutError, aiohttp.ClientError):
+        raw = b""
+    try:
+        problem = msgspec.json.decode(raw)
+    except msgspec.DecodeError:
+        problem = None
+    if isinstance(problem, dict) and "code" in problem:
+        return from_problem(problem)
+    text = raw[:200].decode("utf-8", "replace").strip()
+    message = f"HTTP {response.status} from the node" + (f": {text}" if text else "")
+    if response.status in (502, 503, 504):
+        return NodeUnavailableError(message)
+    return InternalError(message)
+
+
+def quote(part: str) -> str:
+    """One path segment of a URL."""
+    return urllib.parse.quote(part, safe="")

@@ -1,0 +1,588 @@
+"""A node at the HTTP seam: the routes of `/v1`, with host processes and a host directory in place of sandboxes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import signal
+import stat
+import tarfile
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from aiohttp import web
+
+from shoal.errors import (
+    AuthenticationError,
+    ExecNotFoundError,
+    ImageNotFoundError,
+    PathError,
+    PathNotFoundError,
+    SandboxGoneError,
+    SandboxNotFoundError,
+    ShoalError,
+)
+from shoal.sdk._frames import Kind, frame
+from shoal.types import (
+    ExecExit,
+    ExecRequest,
+    ExecStarted,
+    FileInfo,
+    FilePage,
+    ImageInfo,
+    ImagePage,
+    NodeInfo,
+    Outcome,
+    Reason,
+    SandboxAccess,
+    SandboxInfo,
+    SandboxPage,
+    SandboxSpec,
+    Status,
+)
+
+
+@dataclass
+class FakeExec:
+    """One command, run on the host."""
+
+    process: asyncio.subprocess.Process | None
+    outputs: dict[Kind, bytearray] = field(
+        default_factory=lambda: {Kind.STDOUT: bytearray(), Kind.STDERR: bytearray()}
+    )
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    open_outputs: int = 2
+    end: ExecExit | None = None
+    stdin_seen: int = 0
+    killed_by: int | None = None
+
+
+@dataclass
+class FakeSandbox:
+    """One sandbox: a directory."""
+
+    info: SandboxInfo
+    root: Path
+    token: str
+    execs: dict[str, FakeExec] = field(default_factory=dict)
+
+
+def _json(value: object, status: int = 200) -> web.Response:
+    return web.Response(
+        body=msgspec.json.encode(value), status=status, content_type="application/json"
+    )
+
+
+class FakeNode:
+    """Serves on a unix socket, from a thread of its own, between `start` and `stop`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.socket = directory / "shoal.sock"
+        self.sandboxes: dict[str, FakeSandbox] = {}
+        self.images: dict[str, ImageInfo] = {"base": _image("base")}
+        self.uploads: list[bytes] = []
+        self.specs: list[dict[str, object]] = []
+        self.signals: list[tuple[str, int, bool]] = []
+        self.requests: list[str] = []
+        self.break_after: int | None = None
+        """Cut an exec's stream once, after so many bytes of frames."""
+        self.create_delay = 0.0
+        self.answer: Callable[[web.Request], Awaitable[web.StreamResponse | None]] | None = None
+        """Answers in place of the routes, where it answers."""
+        self.archive: bytes | None = None
+        """What a download gets, whatever is there."""
+        self._ready = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping: asyncio.Event | None = None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.socket}"
+
+    def start(self) -> FakeNode:
+        self._thread.start()
+        assert self._ready.wait(10)
+        return self
+
+    def stop(self) -> None:
+        if self._loop is not None and self._stopping is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stopping.set)
+            self._thread.join(10)
+
+    async def _main(self) -> None:
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        app = web.Application(middlewares=[self._errors], client_max_size=1 << 30)
+        box = "/v1/sandboxes/{id}"
+        app.add_routes(
+            [
+                web.post("/v1/sandboxes", self._create),
+                web.get("/v1/sandboxes", self._list),
+                web.get(box, self._inspect),
+                web.delete(box, self._delete),
+                web.post(f"{box}/connect", self._connect),
+                web.post(f"{box}/execs", self._exec),
+                web.get(f"{box}/execs", self._execs),
+                web.get(f"{box}/execs/{{eid}}/stream", self._attach),
+                web.post(f"{box}/execs/{{eid}}/stdin", self._stdin),
+                web.post(f"{box}/execs/{{eid}}/signal", self._signal),
+                web.post(f"{box}/execs/{{eid}}/resize", self._resize),
+                web.get(f"{box}/files/content", self._read),
+                web.put(f"{box}/files/content", self._write),
+                web.get(f"{box}/files/info", self._stat),
+                web.get(f"{box}/files/list", self._listing),
+                web.post(f"{box}/files/directory", self._make_dir),
+                web.delete(f"{box}/files", self._remove),
+                web.post(f"{box}/files/rename", self._rename),
+                web.get(f"{box}/files/archive", self._pack),
+                web.put(f"{box}/files/archive", self._unpack),
+                web.get("/v1/images", self._image_list),
+                web.post("/v1/images", self._image_import),
+                web.post("/v1/images/gc", self._gc),
+                web.get("/v1/images/{ref}", self._image_info),
+                web.delete("/v1/images/{ref}", self._image_remove),
+                web.get("/v1/node", self._node),
+            ]
+        )
+        runner = web.AppRunner(app, shutdown_timeout=0.5)
+        await runner.setup()
+        await web.UnixSite(runner, str(self.socket)).start()
+        self._ready.set()
+        await self._stopping.wait()
+        for sandbox in self.sandboxes.values():
+            self._end(sandbox, Reason.HOST_SHUTDOWN)
+        await runner.cleanup()
+        self.socket.unlink(missing_ok=True)
+
+    @web.middleware
+    async def _errors(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        self.requests.append(f"{request.method} {request.path_qs}")
+        try:
+            if self.answer is not None and (given := await self.answer(request)) is not None:
+                return given
+            return await handler(request)
+        except ConnectionResetError:
+            return web.Response()  # the client has left
+        except ShoalError as error:
+            return web.Response(
+                body=msgspec.json.encode(error.to_problem()),
+                status=error.status,
+                content_type="application/problem+json",
+            )
+
+    # ---- sandboxes
+
+    async def _create(self, request: web.Request) -> web.Response:
+        self.specs.append(msgspec.json.decode(await request.read()))
+        spec = msgspec.convert(self.specs[-1], SandboxSpec)
+        await asyncio.sleep(self.create_delay)
+        if spec.image not in self.images:
+            raise ImageNotFoundError(f"no image {spec.image!r}", hint="see `shoal image ls`")
+        number = len(self.sandboxes)
+        sandbox_id = f"sb-{number:026d}".replace("0", "a").replace("1", "b")
+        now = time.time()
+        info = SandboxInfo(
+            id=sandbox_id,
+            status=Status.RUNNING,
+            image=spec.image,
+            image_digest=self.images[spec.image].digest,
+            runtime="native",
+            network="none",
+            cpu=spec.cpu,
+            memory_mib=spec.memory_mib,
+            disk_mib=spec.disk_mib,
+            pids=spec.pids,
+            labels=spec.labels,
+            created_at=now,
+            expires_at=now + spec.timeout,
+        )
+        root = self.directory / sandbox_id
+        root.mkdir()
+        self.sandboxes[sandbox_id] = FakeSandbox(info, root, f"token-{number}")
+        return _json(SandboxAccess(sandbox=info, access_token=f"token-{number}"), 201)
+
+    async def _list(self, request: web.Request) -> web.Response:
+        wanted = [tuple(label.split("=", 1)) for label in request.query.getall("label", [])]
+        found = [
+            sandbox.info
+            for sandbox in reversed(self.sandboxes.values())
+            if ("all" in request.query or sandbox.info.status is Status.RUNNING)
+            and all(sandbox.info.labels.get(key) == value for key, value in wanted)
+        ]
+        return _json(SandboxPage(sandboxes=found))
+
+    def _find(self, request: web.Request) -> FakeSandbox:
+        if (sandbox := self.sandboxes.get(request.match_info["id"])) is None:
+            raise SandboxNotFoundError(f"no sandbox {request.match_info['id']}")
+        return sandbox
+
+    def _alive(self, request: web.Request, *, token: bool = True) -> FakeSandbox:
+        sandbox = self._find(request)
+        if sandbox.info.reason is not None:
+            reason = sandbox.info.reason
+            raise SandboxGoneError(f"sandbox {sandbox.info.id} has ended: {reason}", reason=reason)
+        if token and request.headers.get("Authorization") != f"Bearer {sandbox.token}":
+            raise AuthenticationError("wrong token")
+        return sandbox
+
+    async def _inspect(self, request: web.Request) -> web.Response:
+        return _json(self._find(request).info)
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        sandbox = self._find(request)
+        self._end(sandbox, Reason.TERMINATED)
+        return _json(sandbox.info)
+
+    def _end(self, sandbox: FakeSandbox, reason: Reason) -> None:
+        if sandbox.info.reason is not None:
+            return
+        sandbox.info = msgspec.structs.replace(
+            sandbox.info, status=Status.STOPPED, reason=reason, ended_at=time.time()
+        )
+        for running in sandbox.execs.values():
+            _kill(running, 9)
+
+    async def _connect(self, request: web.Request) -> web.Response:
+        sandbox = self._alive(request, token=False)
+        return _json(SandboxAccess(sandbox=sandbox.info, access_token=sandbox.token))
+
+    # ---- execs
+
+    async def _exec(self, request: web.Request) -> web.StreamResponse:
+        sandbox = self._alive(request)
+        wanted = msgspec.json.decode(await request.read(), type=ExecRequest)
+        exec_id = wanted.exec_id or f"ex-{len(sandbox.execs)}"
+        existing = exec_id in sandbox.execs
+        if not existing:
+            sandbox.execs[exec_id] = await self._spawn(sandbox, wanted)
+        return await self._stream(request, sandbox, exec_id, existing, 0, 0)
+
+    async def _spawn(self, sandbox: FakeSandbox, wanted: ExecRequest) -> FakeExec:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *wanted.argv,
+                stdin=asyncio.subprocess.PIPE if wanted.stdin else asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env={"PATH": os.environ["PATH"], **wanted.env},
+                cwd=wanted.cwd or sandbox.root,
+                start_new_session=True,
+            )
+        except OSError as error:
+            end = ExecExit(outcome=Outcome.NOT_STARTED, errno=error.errno, stage="exec")
+            return FakeExec(None, open_outputs=0, end=end)
+        running = FakeExec(process)
+        tasks = [
+            asyncio.create_task(_collect(running, process.stdout, Kind.STDOUT)),
+            asyncio.create_task(_collect(running, process.stderr, Kind.STDERR)),
+            asyncio.create_task(_watch(running, wanted.timeout)),
+        ]
+        running.tasks = tasks  # type: ignore[attr-defined]  # keeps them alive
+        return running
+
+    async def _attach(self, request: web.Request) -> web.StreamResponse:
+        sandbox = self._alive(request)
+        exec_id = request.match_info["eid"]
+        self._running(sandbox, exec_id)
+        out, err = (int(request.query.get(f"{name}_offset", "0")) for name in ("stdout", "stderr"))
+        return await self._stream(request, sandbox, exec_id, True, out, err)
+
+    def _running(self, sandbox: FakeSandbox, exec_id: str) -> FakeExec:
+        if exec_id not in sandbox.execs:
+            raise ExecNotFoundError(f"no exec {exec_id}")
+        return sandbox.execs[exec_id]
+
+    async def _stream(
+        self,
+        request: web.Request,
+        sandbox: FakeSandbox,
+        exec_id: str,
+        existing: bool,
+        out: int,
+        err: int,
+    ) -> web.StreamResponse:
+        running = sandbox.execs[exec_id]
+        response = web.StreamResponse(headers={"Content-Type": "application/vnd.shoal.stream"})
+        await response.prepare(request)
+        sent = 0
+
+        async def send(kind: Kind, payload: bytes) -> bool:
+            nonlocal sent
+            data = frame(kind, payload)
+            if self.break_after is not None and sent + len(data) > self.break_after:
+                await response.write(data[: self.break_after - sent])
+                self.break_after = None
+                await asyncio.sleep(0.01)
+                if request.transport is not None:
+                    request.transport.close()
+                return False
+            sent += len(data)
+            await response.write(data)
+            return True
+
+        offsets = {Kind.STDOUT: out, Kind.STDERR: err}
+        if running.process is not None:
+            started = ExecStarted(
+                exec_id=exec_id,
+                pid=running.process.pid,
+                existing=existing,
+                stdout_offset=out,
+                stderr_offset=err,
+            )
+            if not await send(Kind.STARTED, msgspec.json.encode(started)):
+                return response
+        while True:
+            for kind, data in running.outputs.items():
+                while piece := bytes(data[offsets[kind] : offsets[kind] + 65536]):
+                    if not await send(kind, piece):
+                        return response
+                    offsets[kind] += len(piece)
+            if sandbox.info.reason is not None:
+                reason = sandbox.info.reason
+                gone = SandboxGoneError(
+                    f"sandbox {sandbox.info.id} has ended: {reason}", reason=reason
+                )
+                await send(Kind.ERROR, msgspec.json.encode(gone.to_problem()))
+                return response
+            async with running.changed:
+                done = running.end is not None and not running.open_outputs
+                behind = any(len(data) > offsets[kind] for kind, data in running.outputs.items())
+                if not done and not behind:
+                    await running.changed.wait()
+                    continue
+            if done and not behind:
+                await send(Kind.EXIT, msgspec.json.encode(running.end))
+                return response
+
+    async def _execs(self, request: web.Request) -> web.Response:
+        sandbox = self._alive(request)
+        return _json(
+            {
+                "execs": [
+                    {
+                        "exec_id": name,
+                        "pid": running.process.pid if running.process else 0,
+                        "argv": ["?"],
+                        "outcome": running.end.outcome if running.end else "running",
+                    }
+                    for name, running in sandbox.execs.items()
+                ]
+            }
+        )
+
+    async def _stdin(self, request: web.Request) -> web.Response:
+        running = self._running(self._alive(request), request.match_info["eid"])
+        at = int(request.query["offset"])
+        process = running.process
+        assert process is not None
+        assert process.stdin is not None
+        async for chunk in request.content.iter_any():
+            fresh = chunk[max(0, running.stdin_seen - at) :]
+            at += len(chunk)
+            running.stdin_seen = max(running.stdin_seen, at)
+            try:
+                process.stdin.write(fresh)
+                await process.stdin.drain()
+            except (BrokenPipeError, ConnectionResetError):
+                raise PathError("stdin is closed", errno=32) from None
+        if request.query["eof"] == "true":
+            process.stdin.close()
+        return web.Response(status=204)
+
+    async def _signal(self, request: web.Request) -> web.Response:
+        body = msgspec.json.decode(await request.read())
+        exec_id = request.match_info["eid"]
+        self.signals.append((exec_id, body["signal"], body["tree"]))
+        _kill(self._running(self._alive(request), exec_id), body["signal"])
+        return web.Response(status=204)
+
+    async def _resize(self, request: web.Request) -> web.Response:
+        self._running(self._alive(request), request.match_info["eid"])
+        return web.Response(status=204)
+
+    # ---- files
+
+    def _path(self, request: web.Request, name: str = "path") -> Path:
+        return self._alive(request).root / request.query[name].lstrip("/")
+
+    def _info(self, request: web.Request, path: Path) -> FileInfo:
+        root = self._alive(request).root
+        try:
+            status = path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise PathNotFoundError(f"no such path: /{path.relative_to(root)}", errno=2) from None
+        kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink"}
+        return FileInfo(
+            path=f"/{path.relative_to(root)}",
+            kind=kinds.get(stat.S_IFMT(status.st_mode), "other"),  # type: ignore[arg-type]
+            size=status.st_size,
+            mode=stat.S_IMODE(status.st_mode),
+            uid=0,
+            gid=0,
+            mtime=status.st_mtime,
+            target=os.readlink(path) if path.is_symlink() else None,
+        )
+
+    async def _read(self, request: web.Request) -> web.Response:
+        path = self._path(request)
+        if self._info(request, path).kind == "directory":
+            raise PathError("is a directory", errno=21)
+        offset = int(request.query.get("offset", "0"))
+        length = int(request.query.get("length", str(1 << 60)))
+        return web.Response(body=path.read_bytes()[offset : offset + length])
+
+    async def _write(self, request: web.Request) -> web.Response:
+        path = self._path(request)
+        if request.query.get("parents") == "true":
+            path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(await request.read())
+        path.chmod(int(request.query.get("mode", "0644"), 8))
+        return _json(self._info(request, path))
+
+    async def _stat(self, request: web.Request) -> web.Response:
+        return _json(self._info(request, self._path(request)))
+
+    async def _listing(self, request: web.Request) -> web.Response:
+        found = sorted(self._path(request).iterdir())
+        return _json(FilePage(entries=[self._info(request, path) for path in found]))
+
+    async def _make_dir(self, request: web.Request) -> web.Response:
+        path = self._path(request)
+        path.mkdir(parents=True, exist_ok=request.query["parents"] == "true")
+        return _json(self._info(request, path))
+
+    async def _remove(self, request: web.Request) -> web.Response:
+        path = self._path(request)
+        self._info(request, path)
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink()
+        return web.Response(status=204)
+
+    async def _rename(self, request: web.Request) -> web.Response:
+        body = msgspec.json.decode(await request.read())
+        root = self._alive(request).root
+        (root / body["from"].lstrip("/")).rename(root / body["to"].lstrip("/"))
+        return web.Response(status=204)
+
+    async def _pack(self, request: web.Request) -> web.Response:
+        path = self._path(request)
+        if self.archive is not None:
+            return web.Response(body=self.archive, content_type="application/x-tar")
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            if path.is_dir():
+                for below in sorted(path.rglob("*")):
+                    tar.add(below, str(below.relative_to(path)), recursive=False)
+            else:
+                tar.add(path, path.name)
+        return web.Response(body=buffer.getvalue(), content_type="application/x-tar")
+
+    async def _unpack(self, request: web.Request) -> web.Response:
+        path = self._path(request)
+        path.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(fileobj=io.BytesIO(await request.read())) as tar:
+            tar.extractall(path, filter="tar")
+        return web.Response(status=204)
+
+    # ---- images and node
+
+    async def _image_list(self, request: web.Request) -> web.Response:
+        return _json(ImagePage(images=sorted(self.images.values(), key=lambda image: image.name)))
+
+    async def _image_info(self, request: web.Request) -> web.Response:
+        if (image := self.images.get(request.match_info["ref"])) is None:
+            raise ImageNotFoundError(f"no image {request.match_info['ref']!r}")
+        return _json(image)
+
+    async def _image_import(self, request: web.Request) -> web.Response:
+        self.uploads.append(await request.read())
+        image = _image(request.query["name"])
+        self.images[image.name] = image
+        return _json(image, 201)
+
+    async def _image_remove(self, request: web.Request) -> web.Response:
+        if self.images.pop(request.match_info["ref"], None) is None:
+            raise ImageNotFoundError(f"no image {request.match_info['ref']!r}")
+        return web.Response(status=204)
+
+    async def _gc(self, request: web.Request) -> web.Response:
+        return _json({"removed": ["0" * 64]})
+
+    async def _node(self, request: web.Request) -> web.Response:
+        return _json(
+            NodeInfo(
+                version="0",
+                started_at=0,
+                sandboxes=0,
+                cpu_total=1,
+                cpu_reserved=0,
+                memory_total_mib=1,
+                memory_reserved_mib=0,
+                disk_total_mib=1,
+                disk_reserved_mib=0,
+            )
+        )
+
+
+def _image(name: str) -> ImageInfo:
+    return ImageInfo(
+        name=name,
+        digest=f"sha256:{name.encode().hex():0<64}",
+        layers=[],
+        size_bytes=1 << 20,
+        created_at=0,
+    )
+
+
+def _kill(running: FakeExec, number: int) -> None:
+    if running.process is not None and running.end is None:
+        running.killed_by = number
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.process.pid, number)
+
+
+async def _collect(running: FakeExec, stream: asyncio.StreamReader | None, kind: Kind) -> None:
+    assert stream is not None
+    while data := await stream.read(65536):
+        async with running.changed:
+            running.outputs[kind] += data
+            running.changed.notify_all()
+    async with running.changed:
+        running.open_outputs -= 1
+        running.changed.notify_all()
+
+
+async def _watch(running: FakeExec, timeout: float | None) -> None:
+    process = running.process
+    assert process is not None
+    late = False
+    try:
+        await asyncio.wait_for(process.wait(), timeout)
+    except TimeoutError:
+        late = True
+        os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+    code = process.returncode
+    assert code is not None
+    if late:
+        end = ExecExit(outcome=Outcome.TIMED_OUT, signal=9)
+    elif code >= 0:
+        end = ExecExit(outcome=Outcome.EXITED, exit_code=code)
+    else:
+        end = ExecExit(
+            outcome=Outcome.KILLED if running.killed_by else Outcome.SIGNALED, signal=-code
+        )
+    async with running.changed:
+        running.end = end
+        running.changed.notify_all()
