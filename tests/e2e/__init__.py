@@ -1,0 +1,1 @@
+"""The user's day: real SDK, real command line, real node."""

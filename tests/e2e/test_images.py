@@ -1,0 +1,180 @@
+"""Images that other tools made: each form comes in, whole, once."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import images
+from tests.support.node import PrivateNode
+
+
+def _import(node: PrivateNode, path: Path | str, name: str, *more: str) -> str:
+    done = node.cli("image", "import", *more, str(path), name, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode().strip()
+
+
+def _names(node: PrivateNode) -> list[str]:
+    return [row["name"] for row in json.loads(node.cli("image", "ls", "--json").stdout)]
+
+
+def test_an_oci_layout_in_every_wrapping_is_the_same_image(
+    node: PrivateNode, tmp_path: Path
+) -> None:
+    import shoal
+
+    zipped = tmp_path / "layout.tar.gz"
+    with images.base_layout_tar().open("rb") as plain, gzip.open(zipped, "wb", 1) as packed:
+        shutil.copyfileobj(plain, packed)
+    digests = {
+        _import(node, images.base_layout(), "umoci-dir:1"),
+        _import(node, images.base_layout_tar(), "umoci-tar:1"),
+        _import(node, zipped, "umoci-gz:1"),
+        _import(node, images.base_docker_archive(), "skopeo:1"),
+    }
+    assert len(digests) == 1
+    assert next(iter(digests)).startswith("sha256:")
+    with shoal.Sandbox.create("umoci-dir:1") as sb:
+        assert sb.run("echo $GREETING; pwd").stdout == "hello from the image\n/srv\n"
+        assert sb.files.read("/etc/made-by") == b"umoci\n"
+        assert not sb.files.exists("/etc/goes-away")
+        assert "goes-away" not in sb.run("ls -a /etc").stdout
+        assert sb.run(["python3", "-c", "print(6*7)"], check=True).stdout == "42\n"
+        assert node.cli("image", "rm", "umoci-dir:1").returncode != 0
+    for name in ("umoci-dir:1", "umoci-tar:1", "umoci-gz:1", "skopeo:1"):
+        done = node.cli("image", "rm", name)
+        assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_directory_a_tar_and_a_pipe_of_a_root_file_system(
+    node: PrivateNode, tmp_path: Path
+) -> None:
+    import shoal
+
+    tree = images.tiny_rootfs(tmp_path / "tree")
+    packed = tmp_path / "tree.tar"
+    with tarfile.open(packed, "w") as archive:
+        archive.add(tree, arcname=".")
+    _import(node, tree, "tiny-dir", "--format", "rootfs")
+    _import(node, packed, "tiny-tar")
+    piped = node.cli("image", "import", "-", "tiny-pipe", stdin=packed.read_bytes())
+    assert piped.returncode == 0, piped.stderr.decode()
+    for name in ("tiny-dir", "tiny-tar", "tiny-pipe"):
+        with shoal.Sandbox.create(name) as sb:
+            result = sb.run(["/bin/hello", "a"])
+            assert (result.exit_code, result.stdout) == (1, "hello 2\n")
+            # No shell in it: what needs one says so, and the sandbox goes on.
+            result = sb.run("echo hi")
+            assert (result.outcome, result.errno) == (shoal.Outcome.NOT_STARTED, 2)
+            sb.files.write("/note", b"x")
+            assert sb.files.read("/note") == b"x"
+        assert node.cli("image", "rm", name).returncode == 0
+
+
+def test_a_symlinked_and_hostile_tree_changes_nothing_outside(
+    node: PrivateNode, tmp_path: Path
+) -> None:
+    """IM-01, IM-07: the places where a runtime writes are links that lead to the host."""
+    import shoal
+
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    tree = images.tiny_rootfs(tmp_path / "tree")
+    for name in ("dev", "proc", "sys", "tmp", "etc", "run", "srv"):
+        (tree / name).symlink_to(f"../../../../../..{victim}")
+    with node.unchanged():
+        done = node.cli("image", "import", "--format", "rootfs", str(tree), "hostile")
+        if done.returncode == 0:
+            with (
+                contextlib.suppress(shoal.errors.StartFailedError, shoal.errors.PathError),
+                shoal.Sandbox.create("hostile", workdir="/srv/deep") as sb,
+            ):
+                sb.run(["/bin/hello"])
+                sb.files.write("/etc/note", b"x")
+            assert node.cli("image", "rm", "hostile").returncode == 0
+            node.request("POST", "/v1/images/gc")
+    assert list(victim.iterdir()) == []
+
+
+def test_two_imports_at_once_make_one_image(node: PrivateNode) -> None:
+    import shoal
+
+    failures: list[str] = []
+
+    def run(number: int) -> None:
+        try:
+            _import(node, images.base_layout(), f"twin-{number}:1")
+        except AssertionError as error:
+            failures.append(str(error))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert not failures
+    with shoal.Sandbox.create("twin-1:1") as sb:
+        assert sb.files.read("/etc/made-by") == b"umoci\n"
+    layers = [entry for entry in node.pool_entries() if entry.startswith("layers/")]
+    assert len(layers) == len(set(layers))
+    for number in range(3):
+        assert node.cli("image", "rm", f"twin-{number}:1").returncode == 0
+
+
+def test_an_import_that_is_cut_off_leaves_nothing(node: PrivateNode) -> None:
+    node.request("POST", "/v1/images/gc")
+    with node.unchanged(seconds=30):
+        for delay in (0.3, 0.8):
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "shoal", "image", "import"),
+                    *(str(images.base_docker_archive()), "cut-off"),
+                ],
+                env=node.env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+            process.wait(30)
+        time.sleep(1)
+        if "cut-off" in _names(node):
+            pytest.skip("the import was over before it could be cut off")
+        node.request("POST", "/v1/images/gc")
+
+
+def test_removed_images_give_their_layers_back(node: PrivateNode, tmp_path: Path) -> None:
+    node.request("POST", "/v1/images/gc")
+    with node.unchanged():
+        _import(node, images.tiny_rootfs(tmp_path / "tree"), "brief", "--format", "rootfs")
+        assert node.cli("image", "rm", "brief").returncode == 0
+        node.request("POST", "/v1/images/gc")
+
+
+@pytest.mark.slow
+def test_base_is_built_from_the_archive(node: PrivateNode, tmp_path: Path) -> None:
+    import shoal
+
+    builder = PrivateNode(node.data_dir, node.run_dir, {"SHOAL_CACHE_DIR": str(tmp_path / "cache")})
+    done = builder.cli("image", "build", "--name", "built:1", timeout=600)
+    assert done.returncode == 0, done.stderr.decode()
+    with shoal.Sandbox.create("built:1") as sb:
+        assert sb.run(["python3", "-c", "print(6*7)"]).stdout == "42\n"
+    again = time.monotonic()
+    assert builder.cli("image", "build", "--name", "built:2", timeout=600).returncode == 0
+    assert time.monotonic() - again < 30
+    for name in ("built:1", "built:2"):
+        assert node.cli("image", "rm", name).returncode == 0
