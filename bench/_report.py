@@ -86,10 +86,12 @@ def show(
 def _commit() -> str:
     git = ["git", "-C", str(ROOT)]
     try:
-        commit = subprocess.check_output(
-            [*git, "rev-parse", "--short=12", "HEAD"], text=True
-        ).strip()
-        changed = subprocess.check_output([*git, "status", "--porcelain"], text=True).strip()
+        commit, changed = (
+            subprocess.run(
+                [*git, *words], check=True, capture_output=True, text=True
+            ).stdout.strip()
+            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain"])
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+changes" if changed else "")

@@ -170,7 +170,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--n", type=int, default=100, help="how many candidates (default: 100)")
     parser.add_argument(
-        "--deadline", type=float, default=15.0, help="seconds that a program may take (default: 15)"
+        "--deadline", type=float, default=10.0, help="seconds that a program may take (default: 10)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     options = parser.parse_args()

@@ -69,6 +69,8 @@ class Settings(BaseSettings):
     """Sandboxes that are being built at the same moment; further ones wait their turn in order."""
     keep_ended: float = Field(default=86_400.0, ge=0)
     """Seconds for which an ended sandbox can still be asked for its reason."""
+    max_ended: int = Field(default=100_000, ge=0)
+    """Ended sandboxes that are remembered at the most, whatever `keep_ended` says."""
     idle_exit: float = Field(default=0.0, ge=0)
     """Seconds without a sandbox and without a request after which the node leaves; 0: it stays."""
 

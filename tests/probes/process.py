@@ -70,6 +70,8 @@ def only_own_processes_exist(report: Report) -> None:
         line = (read(f"/proc/{pid}/cmdline") or b"").decode("utf-8", "replace")
         for word in report.facts.get("foreign_words", []):
             report.expect(word not in line, f"{pid} is foreign: {line}")
+    here = ctypes.create_string_buffer(8)
+    local = (ctypes.c_uint64 * 2)(ctypes.addressof(here), 8)
     for pid in report.facts.get("foreign_pids", []):
         if pid in shown:
             continue
@@ -77,7 +79,7 @@ def only_own_processes_exist(report: Report) -> None:
             ("kill", syscall(62, pid, 0)),
             ("tgkill", syscall(234, pid, pid, 0)),
             ("pidfd_open", syscall(434, pid, 0)),
-            ("process_vm_readv", syscall(310, pid, None, 0, None, 0, 0)),
+            ("process_vm_readv", syscall(310, pid, local, 1, local, 1, 0)),
             ("sched_getaffinity", syscall(204, pid, 8, ctypes.create_string_buffer(1024))),
         ):
             allowed = frozenset({*DENIED, errno.ESRCH})
@@ -126,7 +128,8 @@ def the_guest_agent_cannot_be_touched(report: Report) -> None:
             result = try_open(f"/proc/{pid}/{name}", flags)
             if name in {"syscall", "stack", "auxv"} and result == -errno.ENOENT:
                 continue
-            report.refused(f"open of /proc/{pid}/{name} ({flags})", result)
+            refused = frozenset({*DENIED, errno.EROFS}) if flags != os.O_RDONLY else DENIED
+            report.refused(f"open of /proc/{pid}/{name} ({flags})", result, refused)
         for name in ("fd", "fdinfo", "map_files", "cwd/", "root/"):
             try:
                 entries = os.listdir(f"/proc/{pid}/{name}")

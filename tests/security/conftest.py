@@ -95,7 +95,8 @@ class Canaries:
         return {
             "host_paths": [str(self.file), str(self.path), str(node.data_dir), str(node.run_dir)],
             "abstract_sockets": [self.word],
-            "host_words": [str(node.data_dir), str(node.run_dir), socket.gethostname(), self.word],
+            "host_words": [str(node.data_dir), str(node.run_dir), self.word],
+            "hostname": socket.gethostname(),
             "foreign_words": [self.word, "noded", "shoal.node"],
             "foreign_pids": [self.process.pid, *node.daemons()],
             "shm_keys": [self.key],

@@ -262,12 +262,8 @@ class PrivateNode:
 
     def cgroups(self) -> list[Path]:
         """Its groups in every hierarchy: below the directories that hold its processes' sandboxes."""
-        return sorted(
-            path
-            for top in _hierarchies()
-            for path in top.rglob("shoal-*")
-            if path.is_dir() and path.name in self.cgroup_names()
-        )
+        names = self.cgroup_names()
+        return [path for top in _hierarchies() for path in _below(top) if path.name in names]
 
     def cgroup_names(self) -> set[str]:
         """Names of the directories that its sandboxes are in, as far as they were seen."""
@@ -281,14 +277,14 @@ class PrivateNode:
 
     def sandbox_cgroups(self, sandbox: str) -> list[Path]:
         """The group of one sandbox in every hierarchy."""
-        return [path for top in _hierarchies() for path in top.rglob(sandbox) if path.is_dir()]
+        return [path for top in _hierarchies() for path in _below(top) if path.name == sandbox]
 
     def sandbox_pids(self, sandbox: str) -> list[int]:
         """Host ids of the processes in a sandbox."""
         found: set[int] = set()
         for group in self.sandbox_cgroups(sandbox):
-            for procs in group.rglob("cgroup.procs"):
-                found.update(int(word) for word in _text(str(procs)).split())
+            for directory in (group, *_below(group)):
+                found.update(int(word) for word in _text(f"{directory}/cgroup.procs").split())
         return sorted(found)
 
     def pool_entries(self) -> list[str]:
@@ -296,7 +292,7 @@ class PrivateNode:
         for pid in self.daemons():
             for line in _text(f"/proc/{pid}/mountinfo").splitlines():
                 point, kind = line.split()[4], line.partition(" - ")[2].split()[0]
-                if kind == "btrfs" and str(self.data_dir) in point:
+                if kind == "btrfs" and "/dev/loop" in line.partition(" - ")[2]:
                     top = Path(f"/proc/{pid}/root{point}")
                     return sorted(
                         f"{sub.name}/{entry.name}"
@@ -321,7 +317,7 @@ class PrivateNode:
                     seen.add(space)
                     lines = _text(f"/proc/{pid}/mountinfo").splitlines()
                     kinds.update(line.partition(" - ")[2].split()[0] for line in lines)
-        groups = sorted({str(path) for top in self.cgroups() for path in (top, *top.rglob("*/"))})
+        groups = [str(path) for top in self.cgroups() for path in (top, *_below(top))]
         loops = [
             path.read_text().strip()
             for path in Path("/sys/block").glob("loop*/loop/backing_file")
@@ -331,7 +327,7 @@ class PrivateNode:
         files = [
             str(path)
             for top in (self.data_dir, self.run_dir)
-            for path in top.rglob("*")
+            for path in _below(top, files=True)
             if not path.name.endswith(volatile)
         ]
         held: Counter[str] = Counter()
@@ -341,7 +337,7 @@ class PrivateNode:
         return Census(
             processes=dict(names),
             mounts=dict(kinds),
-            cgroups=groups,
+            cgroups=sorted(groups),
             netns=len(networks),
             loops=sorted(loops),
             files=sorted([*files, *self.pool_entries()]),
@@ -376,6 +372,13 @@ def _hierarchies() -> list[Path]:
         for line in lines
         if line.partition(" - ")[2].startswith(("cgroup ", "cgroup2 "))
     ]
+
+
+def _below(top: Path, *, files: bool = False) -> Iterator[Path]:
+    """Directories (and files) below `top`; what vanishes meanwhile is left out."""
+    for directory, inner, names in os.walk(top):
+        for name in (*inner, *names) if files else inner:
+            yield Path(directory) / name
 
 
 def _listed(path: Path) -> list[Path]:

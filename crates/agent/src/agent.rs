@@ -922,7 +922,8 @@ impl Agent {
                     }
                     return self.enqueue(conn);
                 }
-                let mut exec = Exec::new(self.birth(request, 0, None), [Output::new(None), Output::new(None)], None, None);
+                let mut exec =
+                    Exec::new(self.birth(request, 0, None), [Output::new(None), Output::new(None)], None, None);
                 exec.exited = Some(exited);
                 self.remember(exec)
             }
@@ -1057,8 +1058,7 @@ impl Agent {
             let offsets = exec.outputs.each_ref().map(|output| output.ring.start());
             watcher.sent = offsets;
             let [stdout_offset, stderr_offset] = offsets;
-            let started =
-                Started { pid: exec.pid as u32, existing: watcher.existing, stdout_offset, stderr_offset };
+            let started = Started { pid: exec.pid as u32, existing: watcher.existing, stdout_offset, stderr_offset };
             conn::push(&mut conn.out, Kind::Started, 0, id, &started.encode());
             conn.wake(id);
         }

@@ -273,9 +273,7 @@ impl Exec {
             Outcome::TimedOut
         } else if by_client(signal) {
             Outcome::Killed
-        } else if oom_kills > 0
-            && (signal == libc::SIGKILL || (code == SHELL_KILLED && !by_client(libc::SIGKILL)))
-        {
+        } else if oom_kills > 0 && (signal == libc::SIGKILL || (code == SHELL_KILLED && !by_client(libc::SIGKILL))) {
             Outcome::OomKilled
         } else if signal != 0 {
             Outcome::Signaled
@@ -480,7 +478,10 @@ impl Feeder {
                     Err(Error { errno: libc::EAGAIN, .. }) => return Ok(Fed::Full),
                     Err(error) => {
                         exec.stdin = None;
-                        return Err(Error { errno: if error.errno == libc::EIO { libc::EPIPE } else { error.errno }, ..error });
+                        return Err(Error {
+                            errno: if error.errno == libc::EIO { libc::EPIPE } else { error.errno },
+                            ..error
+                        });
                     }
                 }
             };

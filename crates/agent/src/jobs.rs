@@ -149,8 +149,11 @@ impl Listing {
             {
                 left -= 1;
                 let Some((dir, below, levels)) = &self.current else { break };
-                let relative =
-                    if below.is_empty() { entry.name.to_bytes().to_vec() } else { [below, b"/" as &[u8], entry.name.to_bytes()].concat() };
+                let relative = if below.is_empty() {
+                    entry.name.to_bytes().to_vec()
+                } else {
+                    [below, b"/" as &[u8], entry.name.to_bytes()].concat()
+                };
                 let path = [&self.root_path, b"/" as &[u8], &relative].concat();
                 let info = match files::stat_at(dir, entry.name, path) {
                     Ok(info) => info,

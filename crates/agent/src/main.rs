@@ -50,9 +50,7 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Option<Arguments> {
         let (name, value) = (name?, arguments.next()??);
         let repeated = match name.as_str() {
             "--listen" => listen.replace(descriptor(&value)?).is_some(),
-            "--cgroup" => {
-                cgroups.replace(value.split(',').map(descriptor).collect::<Option<Vec<_>>>()?).is_some()
-            }
+            "--cgroup" => cgroups.replace(value.split(',').map(descriptor).collect::<Option<Vec<_>>>()?).is_some(),
             "--oom" => oom.replace(descriptor(&value)?).is_some(),
             "--generation" => generation.replace(value.parse().ok()?).is_some(),
             _ => return None,
@@ -62,7 +60,8 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Option<Arguments> {
         }
     }
     let arguments = Arguments { listen: listen?, cgroups: cgroups.unwrap_or_default(), oom, generation: generation? };
-    let mut all: Vec<RawFd> = arguments.cgroups.iter().copied().chain(arguments.oom).chain([arguments.listen]).collect();
+    let mut all: Vec<RawFd> =
+        arguments.cgroups.iter().copied().chain(arguments.oom).chain([arguments.listen]).collect();
     all.sort_unstable();
     if all.windows(2).any(|pair| pair.first() == pair.last()) { None } else { Some(arguments) }
 }
@@ -116,13 +115,7 @@ fn serve(arguments: Arguments) -> Result<Error, Error> {
         null: sys::openat2(None, c"/dev/null", libc::O_RDWR, 0, 0)?,
         first_mark: tree::first_mark(),
     };
-    let options = Options {
-        listener,
-        oom,
-        generation: arguments.generation,
-        context,
-        privileged,
-    };
+    let options = Options { listener, oom, generation: arguments.generation, context, privileged };
     Ok(Agent::new(options)?.run())
 }
 

@@ -298,14 +298,18 @@ mod tests {
 
     #[test]
     fn a_name_is_searched_in_path_and_a_path_is_not() {
-        assert_eq!(candidates(b"ls", b"/bin::/usr/bin"), [b"/bin/ls".to_vec(), b"ls".to_vec(), b"/usr/bin/ls".to_vec()]);
+        assert_eq!(
+            candidates(b"ls", b"/bin::/usr/bin"),
+            [b"/bin/ls".to_vec(), b"ls".to_vec(), b"/usr/bin/ls".to_vec()]
+        );
         assert_eq!(candidates(b"./ls", b"/bin"), [b"./ls".to_vec()]);
         assert_eq!(candidates(b"", b"/bin"), [b"".to_vec()]);
     }
 
     #[test]
     fn missing_variables_come_from_the_user_and_given_ones_stay() {
-        let identity = Identity { home: b"/h".to_vec(), name: b"n".to_vec(), shell: b"/s".to_vec(), ..Identity::default() };
+        let identity =
+            Identity { home: b"/h".to_vec(), name: b"n".to_vec(), shell: b"/s".to_vec(), ..Identity::default() };
         let command = Command::new(&[b"true".to_vec()], &[b"HOME=/x".to_vec()], b"", identity, None).unwrap();
         let env: Vec<_> = command.env._owned.iter().map(|entry| entry.to_str().unwrap()).collect();
         assert_eq!(env[0], "HOME=/x");

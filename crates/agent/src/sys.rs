@@ -142,12 +142,7 @@ pub fn receive(fd: &impl AsRawFd, into: &mut Vec<u8>) -> Result<usize> {
 pub fn send(fd: &impl AsRawFd, bytes: &[u8]) -> Result<usize> {
     // SAFETY: pointer and length are those of one slice.
     check_size("send", unsafe {
-        libc::send(
-            fd.as_raw_fd(),
-            bytes.as_ptr().cast(),
-            bytes.len(),
-            libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
-        )
+        libc::send(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
     })
 }
 
@@ -280,13 +275,7 @@ pub fn pidfd_open(pid: i32) -> Result<OwnedFd> {
 pub fn pidfd_signal(pidfd: &OwnedFd, signal: i32) -> Result<()> {
     // SAFETY: a null siginfo is allowed.
     let done = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            signal,
-            std::ptr::null::<libc::siginfo_t>(),
-            0,
-        )
+        libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<libc::siginfo_t>(), 0)
     };
     check_long("pidfd_send_signal", done).map(drop)
 }
@@ -318,11 +307,8 @@ pub fn openat2(
     mode: u32,
     resolve: u64,
 ) -> Result<OwnedFd> {
-    let how = OpenHow {
-        flags: (flags | libc::O_CLOEXEC) as u64,
-        mode: u64::from(mode),
-        resolve: resolve | NO_MAGICLINKS,
-    };
+    let how =
+        OpenHow { flags: (flags | libc::O_CLOEXEC) as u64, mode: u64::from(mode), resolve: resolve | NO_MAGICLINKS };
     let dir = dir.map_or(libc::AT_FDCWD, |fd| fd.as_raw_fd());
     // A racing rename makes a scoped lookup give EAGAIN; openat2(2) says to try again, within reason.
     let mut tries = 0;
@@ -384,10 +370,8 @@ pub fn unlinkat(dir: &impl AsRawFd, name: &CStr, flags: libc::c_int) -> Result<(
 /// Renames, replacing what is there.
 pub fn renameat(from_dir: &impl AsRawFd, from: &CStr, to_dir: &impl AsRawFd, to: &CStr) -> Result<()> {
     // SAFETY: both names end in NUL and outlive the call.
-    check("renameat", unsafe {
-        libc::renameat(from_dir.as_raw_fd(), from.as_ptr(), to_dir.as_raw_fd(), to.as_ptr())
-    })
-    .map(drop)
+    check("renameat", unsafe { libc::renameat(from_dir.as_raw_fd(), from.as_ptr(), to_dir.as_raw_fd(), to.as_ptr()) })
+        .map(drop)
 }
 
 /// Sets the owner of an open file.
@@ -399,10 +383,8 @@ pub fn fchown(fd: &impl AsRawFd, uid: u32, gid: u32) -> Result<()> {
 /// Sets the owner of a name in a directory; links are not followed.
 pub fn fchownat(dir: &impl AsRawFd, name: &CStr, uid: u32, gid: u32) -> Result<()> {
     // SAFETY: the name ends in NUL and outlives the call.
-    check("fchownat", unsafe {
-        libc::fchownat(dir.as_raw_fd(), name.as_ptr(), uid, gid, libc::AT_SYMLINK_NOFOLLOW)
-    })
-    .map(drop)
+    check("fchownat", unsafe { libc::fchownat(dir.as_raw_fd(), name.as_ptr(), uid, gid, libc::AT_SYMLINK_NOFOLLOW) })
+        .map(drop)
 }
 
 /// Sets the permission bits of an open file.
@@ -420,8 +402,7 @@ pub fn rewind(fd: &impl AsRawFd) -> Result<()> {
 /// Reads directory entries as the kernel packs them; 0 is the end.
 pub fn getdents(fd: &impl AsRawFd, buffer: &mut [u8]) -> Result<usize> {
     // SAFETY: pointer and length are those of one exclusive slice.
-    let got =
-        unsafe { libc::syscall(libc::SYS_getdents64, fd.as_raw_fd(), buffer.as_mut_ptr(), buffer.len()) };
+    let got = unsafe { libc::syscall(libc::SYS_getdents64, fd.as_raw_fd(), buffer.as_mut_ptr(), buffer.len()) };
     check_long("getdents64", got).map(|count| count as usize)
 }
 

@@ -112,8 +112,8 @@ fn processes() -> Vec<Entry> {
 
 /// Reads a small file of /proc/PID into the buffer.
 fn read_of<'a>(pid: i32, file: &str, buffer: &'a mut [u8]) -> Result<&'a [u8]> {
-    let path = std::ffi::CString::new(format!("/proc/{pid}/{file}"))
-        .map_err(|_| sys::Error::new("open", libc::EINVAL))?;
+    let path =
+        std::ffi::CString::new(format!("/proc/{pid}/{file}")).map_err(|_| sys::Error::new("open", libc::EINVAL))?;
     let fd = sys::openat2(None, &path, libc::O_RDONLY, 0, 0)?;
     let count = sys::read(&fd, buffer)?;
     Ok(buffer.get(..count).unwrap_or(&[]))

@@ -193,7 +193,13 @@ impl Users {
 fn stamp(path: &CStr) -> Stamp {
     let file = sys::openat2(None, path, libc::O_PATH, 0, 0).ok()?;
     let stat = sys::fstat(&file).ok()?;
-    Some((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime * 1_000_000_000 + stat.st_mtime_nsec, stat.st_ctime_nsec))
+    Some((
+        stat.st_dev,
+        stat.st_ino,
+        stat.st_size,
+        stat.st_mtime * 1_000_000_000 + stat.st_mtime_nsec,
+        stat.st_ctime_nsec,
+    ))
 }
 
 /// A small regular file's bytes; anything else counts as empty.

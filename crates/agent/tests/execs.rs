@@ -39,7 +39,9 @@ fn a_command_sees_a_clean_world() {
     let text = run.stdout();
     // 0, 1, 2, the one that ls reads the directory with, and the line with the total.
     assert!(text.starts_with("5\n"), "{text}");
-    for line in ["SigBlk:\t0000000000000000", "SigIgn:\t0000000000000000", "\n0022\n", "A=b\n", "PATH=", "HOME=", "USER="] {
+    for line in
+        ["SigBlk:\t0000000000000000", "SigIgn:\t0000000000000000", "\n0022\n", "A=b\n", "PATH=", "HOME=", "USER="]
+    {
         assert!(text.contains(line), "{line} not in {text}");
     }
 }
@@ -431,8 +433,9 @@ fn terminal_output_is_complete() {
 fn two_hundred_at_once_all_answer() {
     let agent = Agent::start();
     let mut client = agent.connect();
-    let ids: Vec<u32> =
-        (0..200).map(|n| client.start(&sh(&format!("e{n}"), &format!("sleep 0.3; echo {n}; exit {}", n % 100)))).collect();
+    let ids: Vec<u32> = (0..200)
+        .map(|n| client.start(&sh(&format!("e{n}"), &format!("sleep 0.3; echo {n}; exit {}", n % 100))))
+        .collect();
     for (n, id) in ids.iter().enumerate() {
         let channel = client.until(*id, Channel::ended);
         assert_eq!((channel.stdout(), channel.exited().code), (format!("{n}\n"), n as i32 % 100));
@@ -559,7 +562,11 @@ fn pr_04_root_keeps_eleven_capabilities_and_others_none() {
         assert_eq!(client.run(&start).exited().stage, Stage::User, "{id}");
     }
     // The image's own nobody, with the terminal its own.
-    let start = ExecStart { user: b"nobody".to_vec(), pty: true, ..sh("pty", "stat -c %U $(tty); echo > /dev/tty && echo ok; id -u") };
+    let start = ExecStart {
+        user: b"nobody".to_vec(),
+        pty: true,
+        ..sh("pty", "stat -c %U $(tty); echo > /dev/tty && echo ok; id -u")
+    };
     let text = client.run(&start).stdout();
     assert!(text.starts_with("nobody\r\n") && text.contains("ok"), "{text}");
 }
@@ -589,7 +596,8 @@ fn a_missing_working_directory_is_made_for_its_user() {
     let agent = Agent::start_as(Mode::Guest, &[]);
     let mut client = agent.connect();
     let cwd = agent.scratch.path("made/for/user");
-    let start = ExecStart { cwd, make_cwd: true, user: b"4321:4321".to_vec(), ..sh("a", "pwd; touch here && stat -c %u:%g .") };
+    let start =
+        ExecStart { cwd, make_cwd: true, user: b"4321:4321".to_vec(), ..sh("a", "pwd; touch here && stat -c %u:%g .") };
     // The scratch directory itself is entered by anybody.
     let run = client.run(&start);
     assert!(run.stdout().ends_with("made/for/user\n4321:4321\n"), "{} {}", run.stdout(), run.stderr());

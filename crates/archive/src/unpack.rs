@@ -281,10 +281,9 @@ impl Unpack {
             return Err(Error::refused("hard link to what is no file", &entry.path));
         }
         self.make_parent(above)?;
-        if let Ok(there) = beneath::stat_at(self.parent_fd(), name) {
-            if (there.st_dev, there.st_ino) == (stat.st_dev, stat.st_ino) {
-                return Ok(());
-            }
+        let there = beneath::stat_at(self.parent_fd(), name);
+        if there.is_ok_and(|there| (there.st_dev, there.st_ino) == (stat.st_dev, stat.st_ino)) {
+            return Ok(());
         }
         let (old, new) = (c_string(source_name)?, c_string(name)?);
         self.in_free_place("linkat", name, &entry.path, |parent| {

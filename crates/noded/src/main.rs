@@ -30,10 +30,12 @@ fn options(mut words: impl Iterator<Item = String>) -> Result<keeper::Options, S
     let mut given = std::collections::HashMap::new();
     while let Some(word) = words.next() {
         let known = ["data-dir", "run-dir", "agent", "python", "pool", "ready-fd", "idle-exit"];
-        let name = word.strip_prefix("--").filter(|name| known.contains(name)).ok_or(format!("unknown option {word}"))?;
+        let name =
+            word.strip_prefix("--").filter(|name| known.contains(name)).ok_or(format!("unknown option {word}"))?;
         given.insert(name.to_owned(), words.next().ok_or(format!("{word} needs a value"))?);
     }
-    let ready = given.remove("ready-fd").map(|text| text.parse().map_err(|_| "--ready-fd is not a number")).transpose()?;
+    let ready =
+        given.remove("ready-fd").map(|text| text.parse().map_err(|_| "--ready-fd is not a number")).transpose()?;
     let idle_exit = given.remove("idle-exit");
     let mut need = |name: &str| given.remove(name).ok_or(format!("--{name} is missing"));
     Ok(keeper::Options {

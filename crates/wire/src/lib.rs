@@ -101,14 +101,35 @@ impl Kind {
     /// The kind behind a byte, or `None` for one that this version does not know.
     pub fn from_byte(byte: u8) -> Option<Self> {
         use Kind::{
-            Cancel, Data, Error, ExecAttach, ExecForget, ExecInput, ExecList, ExecResize,
-            ExecSignal, ExecStart, Exited, FileList, FileMakeDir, FilePack, FileRead, FileRemove,
-            FileRename, FileStat, FileUnpack, FileWrite, Ok, Ready, Started, Window,
+            Cancel, Data, Error, ExecAttach, ExecForget, ExecInput, ExecList, ExecResize, ExecSignal, ExecStart,
+            Exited, FileList, FileMakeDir, FilePack, FileRead, FileRemove, FileRename, FileStat, FileUnpack, FileWrite,
+            Ok, Ready, Started, Window,
         };
         const ALL: [Kind; 24] = [
-            Ready, ExecStart, ExecAttach, Started, Exited, ExecInput, ExecSignal, ExecResize,
-            ExecList, ExecForget, FileRead, FileWrite, FileStat, FileList, FileMakeDir, FileRemove,
-            FileRename, FilePack, FileUnpack, Data, Window, Cancel, Ok, Error,
+            Ready,
+            ExecStart,
+            ExecAttach,
+            Started,
+            Exited,
+            ExecInput,
+            ExecSignal,
+            ExecResize,
+            ExecList,
+            ExecForget,
+            FileRead,
+            FileWrite,
+            FileStat,
+            FileList,
+            FileMakeDir,
+            FileRemove,
+            FileRename,
+            FilePack,
+            FileUnpack,
+            Data,
+            Window,
+            Cancel,
+            Ok,
+            Error,
         ];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
     }
@@ -139,9 +160,7 @@ impl Header {
     pub fn encode(self) -> [u8; HEADER_LEN] {
         let l = self.len.to_le_bytes();
         let c = self.channel.to_le_bytes();
-        [
-            l[0], l[1], l[2], l[3], c[0], c[1], c[2], c[3], self.kind as u8, self.flags, 0, 0,
-        ]
+        [l[0], l[1], l[2], l[3], c[0], c[1], c[2], c[3], self.kind as u8, self.flags, 0, 0]
     }
 
     /// Reads a header.

@@ -15,13 +15,14 @@ import msgspec
 from aiohttp import web
 
 import shoal.types as nouns
-from shoal.api.bodies import read_body, read_flag, read_query
+from shoal.api.bodies import read_body, read_count, read_flag, read_query
 from shoal.api.problems import Activity, activity_middleware, json_response, problem_middleware
 from shoal.api.spool import spooled
 from shoal.errors import ConflictError, InvalidArgumentError, NodeUnavailableError
 from shoal.node.engine import Engine
 
 MAX_BODY = 8 * 1024 * 1024
+_MOST_LISTED = 10_000
 _FORMATS = ("auto", "oci", "docker", "rootfs")
 
 
@@ -113,8 +114,8 @@ async def create_sandbox(request: web.Request) -> web.Response:
 
 
 async def list_sandboxes(request: web.Request) -> web.Response:
-    """GET /v1/sandboxes: those alive, and with `all=true` those that ended."""
-    query = read_query(request, "all", repeated=("label",))
+    """GET /v1/sandboxes: those alive, and with `all=true` the last `limit` that ended."""
+    query = read_query(request, "all", "limit", repeated=("label",))
     labels: dict[str, str] = {}
     for pair in request.query.getall("label", []):
         name, equals, value = pair.partition("=")
@@ -122,7 +123,8 @@ async def list_sandboxes(request: web.Request) -> web.Response:
             raise InvalidArgumentError(f"label must be name=value, not {pair[:200]!r}")
         if labels.setdefault(name, value) != value:
             raise InvalidArgumentError(f"label {name[:200]} cannot have two values")
-    ended = read_flag("all", query.get("all"))
+    limit = read_count("limit", query.get("limit", "1000"), most=_MOST_LISTED)
+    ended = limit if read_flag("all", query.get("all")) else 0
     return json_response(
         nouns.SandboxPage(sandboxes=request.app[_NODE].engine.list(labels=labels, ended=ended))
     )

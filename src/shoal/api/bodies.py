@@ -84,6 +84,17 @@ def read_flag(name: str, value: str | None) -> bool:
     return words[value]
 
 
+def read_count(name: str, value: str, *, most: int) -> int:
+    """A query parameter that is a whole number.
+
+    Raises:
+        InvalidArgumentError: It is none, or not one of 1 to `most`.
+    """
+    if value.isascii() and value.isdigit() and len(value) < 10 and 1 <= int(value) <= most:
+        return int(value)
+    raise InvalidArgumentError(f"{name} must be a number of 1 to {most}, not {_short(value)}")
+
+
 def _explain(text: str, kind: type[msgspec.Struct]) -> InvalidArgumentError:
     where = ""
     if at := _AT.search(text):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ import anyio
 import structlog
 from aiohttp import web
 from pydantic import ValidationError
+from structlog.tracebacks import ExceptionDictTransformer
 
 from shoal.api.app import Node, build_app
 from shoal.api.problems import Activity
@@ -56,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keeper = _inherited(KEEPER_FD, socket.SOCK_SEQPACKET)
         listener = _inherited(SERVER_FD, socket.SOCK_STREAM)
         os.umask(0o077)
+        _raise_file_limit()
         return anyio.run(serve, settings, keeper, listener)
     except ShoalError as error:
         log.error("server_failed", code=error.code, error=error.message, hint=error.hint)
@@ -99,7 +102,8 @@ def configure_log(level: str, stream: TextIO) -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.dict_tracebacks,
+            # Without local variables: they hold tokens.
+            structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
             structlog.processors.JSONRenderer(default=str),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
@@ -155,6 +159,7 @@ async def serve(settings: Settings, keeper_socket: socket.socket, listener: sock
                     stop_timeout=settings.stop_timeout,
                     create_concurrency=settings.create_concurrency,
                     keep_ended=settings.keep_ended,
+                    max_ended=settings.max_ended,
                 ),
             )
         )
@@ -250,6 +255,12 @@ def _inherited(variable: str, kind: socket.SocketKind) -> socket.socket:
         )
     os.set_inheritable(sock.fileno(), False)
     return sock
+
+
+def _raise_file_limit() -> None:
+    # A burst of a thousand creates is a thousand connections; the usual soft limit is 1024.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _admission(settings: Settings, hello: KeeperHello) -> Admission:

@@ -9,8 +9,8 @@ from typing import IO, Any
 
 import click
 
+from shoal._compat import override
 from shoal.errors import ShoalError
-from shoal.sdk._compat import override
 
 VERBS = {
     "run": "Make a sandbox, run one command in it, remove it.",

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from shoal.sdk._compat import override
+from shoal._compat import override
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])

@@ -13,8 +13,8 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -92,6 +92,8 @@ class ImageStore:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._records = Records(self._directory)
         self._pins: Counter[str] = Counter()
+        # Images that are being dropped right now: not to be found, so not to be pinned, any more.
+        self._going: set[str] = set()
         self._stamp: tuple[int, int, int] | None = None
         self._known = _Known({}, {}, {}, {})
 
@@ -156,7 +158,7 @@ class ImageStore:
         known = self._current()
         if is_digest(reference):
             digest = known.by_manifest.get(reference, reference)
-            if digest in known.images:
+            if digest in known.images and digest not in self._going:
                 names = sorted(name for name, own in known.names.items() if own == digest)
                 return (names[0] if names else ""), known.images[digest]
         else:
@@ -164,8 +166,9 @@ class ImageStore:
             if wanted.digest:
                 # As everywhere, the digest decides and the name only says where it came from.
                 return self._find(wanted.digest)
-            if wanted.name in known.names:
-                return wanted.name, known.images[known.names[wanted.name]]
+            named = known.names.get(wanted.name)
+            if named is not None and named not in self._going:
+                return wanted.name, known.images[named]
         names = sorted(known.names)
         have = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
         raise ImageNotFoundError(
@@ -361,7 +364,9 @@ class ImageStore:
                 self._records.write_image(record)
                 self._records.write_names(names | {name: record.digest})
 
-            await anyio.to_thread.run_sync(write)
+            # From here on the import has happened, so a cancel comes too late.
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(write)
 
     # ---- removing
 
@@ -395,7 +400,7 @@ class ImageStore:
                 if last:
                     self._records.drop_image(record.digest)
 
-            with anyio.CancelScope(shield=True):
+            with self._dropping([record.digest] if last else []):
                 await anyio.to_thread.run_sync(write)
         log.info("image_removed", image=asked, digest=record.digest)
         if last:
@@ -413,7 +418,7 @@ class ImageStore:
                 unused = [
                     digest for digest in images.keys() - names.values() if not self._pins[digest]
                 ]
-                with anyio.CancelScope(shield=True):
+                with self._dropping(unused):
                     await anyio.to_thread.run_sync(self._drop_all, names, unused)
             return sorted(unused) + await self._collect()
 
@@ -443,6 +448,17 @@ class ImageStore:
         """The right to change names and records."""
         async with lock(self._directory / "names.lock", timeout=_LOCK_TIMEOUT):
             yield
+
+    @contextmanager
+    def _dropping(self, digests: Iterable[str]) -> Iterator[None]:
+        """Hide images while they are dropped, which a cancel does not interrupt."""
+        hidden = set(digests)
+        self._going |= hidden
+        try:
+            with anyio.CancelScope(shield=True):
+                yield
+        finally:
+            self._going -= hidden
 
     def _drop_all(self, names: dict[str, str], digests: Iterable[str]) -> None:
         digests = list(digests)

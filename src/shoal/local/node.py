@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 START_DEADLINE = 30.0
 """Seconds for the node to be ready, waiting for another starter included."""
+DEFAULT_RUN_DIR = "/run/shoal"
+"""The default of `settings.Settings.run_dir`."""
 IDLE_EXIT = 60
 """Seconds without a sandbox and without a request after which an embedded node leaves."""
 
@@ -37,8 +39,11 @@ def settings() -> Settings:
 
 
 def socket_path() -> Path:
-    """Where the embedded node listens, when it runs."""
-    return settings().run_dir.absolute() / "shoal.sock"
+    """Where the embedded node listens, when it runs.
+
+    Read without `settings`, whose import takes longer than a whole command: a test compares the two.
+    """
+    return Path(os.environ.get("SHOAL_RUN_DIR") or DEFAULT_RUN_DIR).absolute() / "shoal.sock"
 
 
 def answers(path: Path) -> bool:
@@ -66,13 +71,12 @@ def ensure(*, deadline: float = START_DEADLINE) -> Path:
         raise HostUnsupportedError(
             "a node needs Linux", hint="set SHOAL_URL to the address of a node on a Linux machine"
         )
-    chosen = settings()
-    run_dir, data_dir = chosen.run_dir.absolute(), chosen.data_dir.absolute()
-    path = run_dir / "shoal.sock"
+    path = socket_path()
     until = time.monotonic() + deadline
     if answers(path):
         return path
     require_root()
+    run_dir, data_dir = path.parent, settings().data_dir.absolute()
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o755)
     with _lock(run_dir / "start.lock", until):
         if not answers(path):

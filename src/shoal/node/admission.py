@@ -121,12 +121,12 @@ class Admission:
         _bounded("pids", spec.pids, 1, host.pids, "processes")
         if not math.isfinite(spec.timeout) or spec.timeout <= 0:
             raise InvalidArgumentError(
-                f"timeout must be a number of seconds above 0, not {spec.timeout:g}",
+                f"timeout must be a number of seconds above 0, not {_number(spec.timeout)}",
                 field="timeout",
             )
         if spec.timeout > self._max_timeout:
             raise InvalidArgumentError(
-                f"timeout of {spec.timeout:g} s is more than the node's maximum of {self._max_timeout:g} s",
+                f"timeout of {_number(spec.timeout)} s is more than the node's maximum of {_number(self._max_timeout)} s",
                 hint="ask for less, or raise max_timeout on the node",
                 field="timeout",
             )
@@ -181,17 +181,22 @@ class Admission:
             )
 
 
+def _number(value: float) -> str:
+    """A number as a person writes it: `16`, `0.5`, never `1e+06`."""
+    return str(int(value)) if float(value).is_integer() else f"{value:.10g}"
+
+
 def _bounded(field: str, value: float, least: float, host: float, unit: str) -> None:
     if not math.isfinite(value) or value <= 0:
-        raise InvalidArgumentError(f"{field} must be above 0, not {value:g}", field=field)
+        raise InvalidArgumentError(f"{field} must be above 0, not {_number(value)}", field=field)
     if value < least:
         raise InvalidArgumentError(
-            f"{field} of {value:g} is less than the minimum of {least:g}", field=field
+            f"{field} of {_number(value)} is less than the minimum of {_number(least)}", field=field
         )
     if value > host:
         raise InvalidArgumentError(
-            f"{field} of {value:g} is more than this host has: {host:g} {unit}",
-            hint=f"ask for {host:g} or less",
+            f"{field} of {_number(value)} is more than this host has: {_number(host)} {unit}",
+            hint=f"ask for {_number(host)} or less",
             field=field,
             host=host,
         )
@@ -200,7 +205,7 @@ def _bounded(field: str, value: float, least: float, host: float, unit: str) -> 
 def _fits(resource: str, asked: float, reserved: float, total: float) -> None:
     if reserved + asked > total:
         raise ResourceExhaustedError(
-            f"no room for {resource} of {asked:g}: {reserved:g} of {total:g} are promised",
+            f"no room for {resource} of {_number(asked)}: {_number(reserved)} of {_number(total)} are promised",
             hint=f"end sandboxes that are idle, ask for less {resource}, or raise the overcommit factor on the node",
             resource=resource,
             asked=asked,

@@ -19,6 +19,7 @@ from typing import Protocol, Self
 import anyio
 import anyio.abc
 import anyio.lowlevel
+import anyio.to_thread
 import msgspec
 import structlog
 
@@ -80,6 +81,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     stop_timeout: float = 30.0
     create_concurrency: int = 4
     keep_ended: float = 86_400.0
+    max_ended: int = 100_000
 
 
 class _Live:
@@ -134,6 +136,8 @@ class Engine:
         self._slots = slots or Slots()
         self._live: dict[str, _Live] = {}
         self._unsaved: dict[str, Record] = {}
+        self._written = 0
+        self._folded = 0
         self._closing = False
         self._do: dict[Instruction, Callable[[_Live], None]] = {
             Instruction.SAVE: self._save,
@@ -266,14 +270,15 @@ class Engine:
             )
         raise gone(info)
 
-    def list(
-        self, *, labels: Mapping[str, str] | None = None, ended: bool = False
-    ) -> list[SandboxInfo]:
-        """Sandboxes that carry all the labels, newest first; also ended ones when asked."""
-        records = {record.id: record for record in self._state.all()} if ended else {}
-        records |= self._unsaved if ended else {}
+    def list(self, *, labels: Mapping[str, str] | None = None, ended: int = 0) -> list[SandboxInfo]:
+        """Sandboxes that carry all the labels, newest first: all alive, and the last `ended` that are not."""
+        labels = labels or {}
+        records: dict[str, Record] = {}
+        if ended:
+            records = {one.id: one for one in self._state.ended(labels=labels, limit=ended)}
+            records |= self._unsaved
         records |= {one.record.id: one.record for one in self._live.values()}
-        wanted = (labels or {}).items()
+        wanted = labels.items()
         found = [
             record.to_info() for record in records.values() if wanted <= record.spec.labels.items()
         ]
@@ -430,6 +435,7 @@ class Engine:
     def _write(self, record: Record) -> None:
         try:
             self._state.save(record)
+            self._written += 1
             self._unsaved.pop(record.id, None)
         except ShoalError as error:
             # The sandbox's life goes on; housekeeping writes it down when there is room again.
@@ -540,13 +546,26 @@ class Engine:
         interval = min(60.0, max(1.0, self._config.keep_ended / 4))
         while True:
             self._save_unsaved()
+            await self._fold_records()
             if time.monotonic() - pruned >= interval:
                 pruned = time.monotonic()
                 try:
-                    self._state.prune(ended_before=time.time() - self._config.keep_ended)
+                    self._state.prune(
+                        ended_before=time.time() - self._config.keep_ended,
+                        keep=self._config.max_ended,
+                    )
                 except ShoalError as error:
                     log.warning("prune_failed", error=error.message)
             await anyio.sleep(min(_HOUSEKEEPING, interval))
+
+    async def _fold_records(self) -> None:
+        if self._written == self._folded:
+            return
+        self._folded = self._written
+        try:
+            await anyio.to_thread.run_sync(self._state.checkpoint)
+        except ShoalError as error:
+            log.warning("checkpoint_failed", error=error.message)
 
     def _save_unsaved(self) -> None:
         for record in list(self._unsaved.values()):

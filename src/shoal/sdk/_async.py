@@ -25,7 +25,9 @@ from typing import Self, TypeVar
 import aiohttp
 import msgspec
 
+from shoal._compat import override
 from shoal.errors import (
+    ConflictError,
     DeadlineExceededError,
     ExecFailedError,
     ImageNotFoundError,
@@ -38,7 +40,6 @@ from shoal.errors import (
     ShoalError,
 )
 from shoal.sdk._client import Client, client, default_address, quote
-from shoal.sdk._compat import override
 from shoal.sdk._exec import RESUME_TRIES, Access, Buffer, Capped, ExecStream, new_exec_id
 from shoal.sdk._frames import Kind
 from shoal.sdk._pack import in_thread, pack
@@ -95,6 +96,7 @@ class AsyncSandbox:
     def __init__(self, access: Access, info: SandboxInfo) -> None:
         self._access = access
         self._info = info
+        self._made_in = os.getpid()
 
     @classmethod
     async def create(
@@ -459,6 +461,8 @@ class AsyncSandbox:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if os.getpid() != self._made_in:
+            return  # a forked child that leaves the block leaves its parent's sandbox alone
         # Owned by the client: leaving the block must end the sandbox even if the leaver is cancelled.
         here = self._access.client
         ending = here.own(_end(here, self.id, deadline=CLEANUP_DEADLINE))
@@ -563,10 +567,14 @@ class AsyncProcess:
                     self._changed.notify_all()
 
     async def _make_room(self, kind: Kind) -> None:
-        """Hold the process back while nobody reads `kind`, unless somebody waits for something else of it."""
+        """Hold the process back while `kind` is not read on.
+
+        If nobody has ever read it, and somebody waits for something else of the process, that would be for
+        ever: then the oldest of it is dropped.
+        """
         buffer = self._buffers[kind]
         while buffer.size > MAX_OUTPUT_BYTES:
-            if any(count for waited, count in self._awaited.items() if waited is not kind):
+            if kind not in self._awaited and any(self._awaited.values()):
                 buffer.drop(MAX_OUTPUT_BYTES)
                 return
             await self._changed.wait()
@@ -628,7 +636,8 @@ class AsyncProcess:
     async def wait(self, timeout: float | None = None) -> int:
         """Wait for its end and return the return code; `exit` then has the rest.
 
-        Output that nobody reads meanwhile is kept up to a bound, the latest of it.
+        Of a stream that is never read, the latest is kept, up to a bound. One that somebody began to read is
+        kept whole, so it must be read on for the process to go on.
 
         Args:
             timeout: Seconds to wait at most; None: as long as the sandbox lives.
@@ -708,7 +717,7 @@ class AsyncStreamReader:
                     self._raise_if_lost()
                     return b"".join(parts)
                 if n > 0:
-                    return buffer.take(n)
+                    return buffer.exactly(min(n, buffer.size))
                 parts.append(buffer.exactly(buffer.size))
                 self._process._changed.notify_all()
 
@@ -730,7 +739,7 @@ class AsyncStreamReader:
 
     @property
     def dropped_bytes(self) -> int:
-        """Bytes that were dropped because something else of the process was waited for and these were not read."""
+        """Bytes that were dropped because the process was waited for and these were never read."""
         return self._process._buffers[self._kind].dropped
 
     def _raise_if_lost(self) -> None:
@@ -768,7 +777,7 @@ class AsyncStreamWriter:
     async def close(self) -> None:
         """Close it; does nothing if the process has ended."""
         if self._process._exit is None:
-            with contextlib.suppress(NotFoundError, PathError):
+            with contextlib.suppress(NotFoundError, PathError, ConflictError):
                 await self.write_eof()
 
     async def _send(self, data: bytes, *, eof: bool) -> None:

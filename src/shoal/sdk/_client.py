@@ -93,9 +93,14 @@ _clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Address, Cli
 )
 
 
+def clients_of(loop: asyncio.AbstractEventLoop) -> dict[Address, Client]:
+    """The clients that belong to a loop."""
+    return _clients.setdefault(loop, {})
+
+
 def client(address: Address) -> Client:
     """The running loop's client for `address`; it closes with the loop."""
-    here = _clients.setdefault(asyncio.get_running_loop(), {})
+    here = clients_of(asyncio.get_running_loop())
     if (known := here.get(address)) is None or known.closed:
         known = here[address] = Client(address)
     return known
@@ -126,7 +131,7 @@ class Client:
         return aiohttp.ClientSession(
             connector=connector,
             auto_decompress=False,
-            read_bufsize=1 << 20,
+            read_bufsize=1 << 18,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_DEADLINE),
             headers={"User-Agent": "shoal"},
         )

@@ -201,6 +201,8 @@ class Buffer:
 
     def exactly(self, count: int) -> bytes:
         """Exactly `count` bytes, which are there."""
+        if self._chunks and len(self._chunks[0]) >= count:
+            return self.take(count)
         parts = []
         while count:
             parts.append(self.take(count))

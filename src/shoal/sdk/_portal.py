@@ -15,12 +15,15 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
+import ctypes
 import os
 import select
 import selectors
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+
+from shoal.sdk import _client
 
 T = TypeVar("T")
 
@@ -72,7 +75,6 @@ class _Portal:
 
 _lock = threading.Lock()
 _current: _Portal | None = None
-_abandoned: list[_Portal] = []
 
 
 def _get() -> _Portal:
@@ -143,14 +145,16 @@ def _abandon() -> None:
     """In a forked child: leave the parent's loop alone.
 
     The epoll set behind the selector is shared with the parent. An empty one takes its place here, so that
-    whatever is still unregistered when objects are collected cannot make the parent deaf.
+    nothing done to this copy can make the parent deaf. And the loop, with all connections that hang on it, is
+    kept for ever: its finalizers would warn of things that only the parent can close.
     """
     global _current, _lock
     _lock = threading.Lock()  # the parent may have held it while forking
     portal, _current = _current, None
     if portal is None:
         return
-    _abandoned.append(portal)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(portal))
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_client.clients_of(portal.loop)))
     portal.loop.set_exception_handler(lambda *_: None)
     if isinstance(portal.selector, getattr(selectors, "EpollSelector", ())):
         inert = select.epoll()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+from shoal._compat import override
 from shoal.errors import ShoalError
 from shoal.sdk import _portal
 from shoal.sdk._async import (
@@ -20,7 +21,6 @@ from shoal.sdk._async import (
     AsyncStreamReader,
     AsyncStreamWriter,
 )
-from shoal.sdk._compat import override
 from shoal.types import (
     ExecExit,
     ExecResult,
@@ -357,7 +357,8 @@ class Process:
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end and return the return code; `exit` then has the rest.
 
-        Output that nobody reads meanwhile is kept up to a bound, the latest of it.
+        Of a stream that is never read, the latest is kept, up to a bound. One that somebody began to read is
+        kept whole, so it must be read on for the process to go on.
 
         Args:
             timeout: Seconds to wait at most; None: as long as the sandbox lives.
@@ -419,7 +420,7 @@ class StreamReader:
 
     @property
     def dropped_bytes(self) -> int:
-        """Bytes that were dropped because something else of the process was waited for and these were not read."""
+        """Bytes that were dropped because the process was waited for and these were never read."""
         return self._async.dropped_bytes
 
     def __iter__(self) -> StreamReader:

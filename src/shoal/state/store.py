@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -95,6 +96,7 @@ def _first_tables(db: sqlite3.Connection) -> None:
         ) WITHOUT ROWID
         """
     )
+    db.execute("CREATE INDEX sandboxes_by_birth ON sandboxes (created_at)")
     db.execute("CREATE INDEX sandboxes_by_end ON sandboxes (ended_at)")
 
 
@@ -104,6 +106,8 @@ MIGRATIONS: tuple[Migration, ...] = (_first_tables,)
 _COLUMNS = "id, spec, image_digest, slot, generation, status, reason, message, created_at, expires_at, ended_at"
 _REPLACE = f"REPLACE INTO sandboxes ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?)"  # noqa: S608 - a constant
 _SELECT = f"SELECT {_COLUMNS} FROM sandboxes "  # noqa: S608 - a constant
+_WAL_PAGES = 16_384
+"""Pages at which a write folds the WAL itself, should nobody call `checkpoint`."""
 _SET_ASIDE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
@@ -191,25 +195,65 @@ class StateStore:
         """Records that do not say `stopped`, oldest first."""
         return self._select("WHERE status != ? ORDER BY created_at", (Status.STOPPED.value,))
 
-    def prune(self, *, ended_before: float) -> int:
-        """Forget sandboxes that ended before a time in seconds since 1970; returns how many."""
+    def ended(self, *, labels: Mapping[str, str], limit: int) -> list[Record]:
+        """Stopped sandboxes that carry all the labels, newest first, `limit` at the most."""
+        found: list[Record] = []
+        wanted = labels.items()
+        with _coded(self._path, "read"):
+            rows = self._db.execute(
+                _SELECT + "WHERE status = ? ORDER BY created_at DESC, id", (Status.STOPPED.value,)
+            )
+            for row in rows:
+                if len(found) == limit:
+                    break
+                record = self._readable(row)
+                if record is not None and wanted <= record.spec.labels.items():
+                    found.append(record)
+        return found
+
+    def prune(self, *, ended_before: float, keep: int) -> int:
+        """Forget old sandboxes; returns how many.
+
+        Args:
+            ended_before: Those that ended before this time, in seconds since 1970, go.
+            keep: Of the others this many stay, the last to end.
+        """
+        stopped = Status.STOPPED.value
         with _coded(self._path, "write"):
+            last = self._db.execute(
+                "SELECT ended_at FROM sandboxes WHERE status = ?"
+                " ORDER BY ended_at DESC LIMIT 1 OFFSET ?",
+                (stopped, keep),
+            ).fetchone()
+            if last is not None:
+                ended_before = max(ended_before, math.nextafter(last[0], math.inf))
             return self._db.execute(
-                "DELETE FROM sandboxes WHERE status = ? AND ended_at < ?",
-                (Status.STOPPED.value, ended_before),
+                "DELETE FROM sandboxes WHERE status = ? AND ended_at < ?", (stopped, ended_before)
             ).rowcount
 
+    def checkpoint(self) -> None:
+        """Fold the WAL into the file, on a connection of its own: call it in a thread.
+
+        It waits for the disk, which a create shall not; hence not as part of some write.
+        """
+        with (
+            _coded(self._path, "write"),
+            contextlib.closing(sqlite3.connect(self._path, isolation_level=None)) as db,
+        ):
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
     def _select(self, where: str, values: Iterable[Any]) -> list[Record]:
-        records = []
         with _coded(self._path, "read"):
             rows = self._db.execute(_SELECT + where, tuple(values)).fetchall()
-        for row in rows:
-            try:
-                records.append(self._record(row))
-            except (ValueError, TypeError) as error:  # msgspec's errors are ValueErrors
-                # One bad record must not hide the others, nor stop the node from starting.
-                log.warning("record_unreadable", sandbox=row[0], error=str(error))
-        return records
+        return [record for row in rows if (record := self._readable(row)) is not None]
+
+    def _readable(self, row: tuple[Any, ...]) -> Record | None:
+        try:
+            return self._record(row)
+        except (ValueError, TypeError) as error:  # msgspec's errors are ValueErrors
+            # One bad record must not hide the others, nor stop the node from starting.
+            log.warning("record_unreadable", sandbox=row[0], error=str(error))
+            return None
 
     def _record(self, row: tuple[Any, ...]) -> Record:
         return Record(
@@ -251,6 +295,7 @@ def _connect(path: Path, migrations: tuple[Migration, ...]) -> sqlite3.Connectio
             )
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
+        db.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
         if version:
             damage = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
             if damage != "ok":

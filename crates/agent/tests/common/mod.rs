@@ -86,7 +86,9 @@ impl Agent {
         }
         if mode == Mode::Guest {
             let only = format!("-all,{GUEST_CAPS}");
-            argv.extend(["setpriv", "--reuid=65536", "--regid=65536", "--clear-groups", "--no-new-privs"].map(String::from));
+            argv.extend(
+                ["setpriv", "--reuid=65536", "--regid=65536", "--clear-groups", "--no-new-privs"].map(String::from),
+            );
             argv.extend([
                 format!("--inh-caps={only}"),
                 format!("--ambient-caps={only}"),

@@ -361,7 +361,7 @@ mod tests {
     fn start_of(request: &str) -> Result<ExecStart, Problem> {
         let defaults = ProcessDefaults {
             env: vec!["PATH=/bin".to_owned(), "A=1".to_owned(), "A=2".to_owned()],
-            cwd: "/work".to_owned(),
+            cwd: "/app".to_owned(),
             user: "dev".to_owned(),
         };
         let request: ExecRequest = serde_json::from_str(request).map_err(|e| Problem::invalid(e.to_string()))?;
@@ -372,7 +372,7 @@ mod tests {
     fn the_sandbox_s_defaults_fill_what_a_request_leaves_out() {
         let start = start_of(r#"{"argv":["id"],"env":{"B":"x=y"},"timeout":0.0001}"#).unwrap();
         assert_eq!(start.env, [b"PATH=/bin".to_vec(), b"A=2".to_vec(), b"B=x=y".to_vec()]);
-        assert_eq!((start.cwd.as_slice(), start.make_cwd, start.user.as_slice()), (&b"/work"[..], true, &b"dev"[..]));
+        assert_eq!((start.cwd.as_slice(), start.make_cwd, start.user.as_slice()), (&b"/app"[..], true, &b"dev"[..]));
         assert_eq!((start.timeout_ms, start.stdin, start.pty), (1, false, false));
         assert_eq!(start.exec_id.len(), 29);
         let start =

@@ -649,9 +649,9 @@ impl Acknowledger {
         }
         for frame in frames.into_iter().flatten() {
             if ended {
-                state.send_lazily(frame)
+                state.send_lazily(frame);
             } else {
-                state.send(frame)
+                state.send(frame);
             }
             self.link.outgoing.notify_one();
         }
@@ -774,11 +774,114 @@ impl Drop for Channel {
         if (ended || !entry.over) && matches!(state.phase, Phase::Up) {
             let frame = shoal_wire::frame(Kind::Cancel, 0, self.id, &[]);
             if ended {
-                state.send_lazily(frame)
+                state.send_lazily(frame);
             } else {
-                state.send(frame)
+                state.send(frame);
             }
             self.link.outgoing.notify_one();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(link: &Arc<Link>, role: Role) -> Channel {
+        link.up();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(link.open(role, Kind::ExecStart, Vec::new())).unwrap()
+    }
+
+    fn receive(link: &Link, kind: Kind, flags: u8, channel: u32, payload: &[u8]) -> Result<(), Violation> {
+        let header = Header { len: payload.len() as u32, channel, kind, flags };
+        link.admit(&header)?;
+        link.receive(header, BytesMut::from(shoal_wire::frame(kind, flags, channel, payload).as_slice()))
+    }
+
+    /// Memory that is kept for a channel's reader.
+    fn kept(link: &Link, id: u32) -> usize {
+        let state = link.lock();
+        let queue = &state.channels[&id].queue;
+        queue.iter().map(|piece| piece.bytes.capacity() + size_of::<Piece>()).sum()
+    }
+
+    fn take(channel: &mut Channel) -> Option<Result<Bytes, End>> {
+        match channel.poll_piece(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(taken) => Some(taken.map(|(piece, _)| piece)),
+            Poll::Pending => None,
+        }
+    }
+
+    #[test]
+    fn rs_09_what_is_kept_for_a_reader_is_bounded_however_it_is_cut() {
+        let link = Arc::new(Link::new());
+        for size in [1, 7, 100, COPY_BELOW - 1, COPY_BELOW, DATA_CHUNK] {
+            let channel = open(&link, Role::Exec("e".to_owned()));
+            receive(&link, Kind::Started, 0, channel.id, &Started::default().encode()).unwrap();
+            let payload = vec![b'x'; size];
+            // Stdout and stderr by turns, so that no two frames can be joined.
+            for _ in 0..WINDOW as usize / size {
+                receive(&link, Kind::Data, 0, channel.id, &payload).unwrap();
+                receive(&link, Kind::Data, STDERR, channel.id, &payload).unwrap();
+            }
+            let bytes = 2 * (WINDOW as usize / size) * (size + stream::HEADER_LEN);
+            assert!(kept(&link, channel.id) < 2 * bytes + (64 << 10), "size {size}: {}", kept(&link, channel.id));
+            let more = vec![b'x'; WINDOW as usize % size + 1];
+            let refused = receive(&link, Kind::Data, 0, channel.id, &more);
+            assert_eq!(refused, Err(Violation("more data than the window allows")));
+        }
+    }
+
+    #[test]
+    fn frames_for_the_client_are_joined_where_they_are_small_and_kept_where_they_are_not() {
+        let link = Arc::new(Link::new());
+        let mut channel = open(&link, Role::Exec("e".to_owned()));
+        receive(&link, Kind::Started, 0, channel.id, &Started::default().encode()).unwrap();
+        let big = vec![b'B'; COPY_BELOW];
+        for (flags, payload) in [(0, &b"ab"[..]), (0, b"c"), (STDERR, b"d"), (0, &big), (0, b"e")] {
+            receive(&link, Kind::Data, flags, channel.id, payload).unwrap();
+        }
+        let first = take(&mut channel).unwrap().unwrap();
+        assert_eq!(first, [&stream::header(2, 3)[..], b"abc", &stream::header(3, 1), b"d"].concat());
+        let second = take(&mut channel).unwrap().unwrap();
+        assert_eq!(second, [&stream::header(2, COPY_BELOW)[..], &big].concat());
+        let third = take(&mut channel).unwrap().unwrap();
+        assert_eq!(third, [&stream::header(2, 1)[..], b"e"].concat());
+        assert!(take(&mut channel).is_none());
+    }
+
+    #[test]
+    fn channel_numbers_go_round_and_skip_those_in_use() {
+        let link = Arc::new(Link::new());
+        let first = open(&link, Role::Call);
+        link.lock().next_channel = u32::MAX;
+        let last = open(&link, Role::Call);
+        let next = open(&link, Role::Call);
+        assert_eq!((first.id, last.id, next.id), (1, u32::MAX, 2));
+        drop(first);
+        // A late frame on a number of the past is no forgery.
+        assert_eq!(receive(&link, Kind::Ok, 0, 1, b""), Ok(()));
+        assert!(receive(&link, Kind::Ok, 0, 0, b"").is_err());
+    }
+
+    #[test]
+    fn a_break_gives_up_what_was_queued_and_asks_for_it_again() {
+        let link = Arc::new(Link::new());
+        let mut channel = open(&link, Role::Exec("e".to_owned()));
+        receive(&link, Kind::Started, 0, channel.id, &Started::default().encode()).unwrap();
+        receive(&link, Kind::Data, 0, channel.id, &vec![b'a'; COPY_BELOW]).unwrap();
+        assert_eq!(take(&mut channel).unwrap().unwrap().len(), COPY_BELOW + stream::HEADER_LEN);
+        receive(&link, Kind::Data, 0, channel.id, b"not taken").unwrap();
+        link.broke();
+        link.up();
+        assert!(take(&mut channel).is_none());
+        let frame = link.lock().out.back().unwrap().clone();
+        let attach = ExecAttach::decode(&frame[HEADER_LEN..]).unwrap();
+        assert_eq!((attach.stdout_offset, attach.stderr_offset), (COPY_BELOW as u64, 0));
+        // An agent that has not kept it does not get away with it.
+        let started = Started { stdout_offset: COPY_BELOW as u64 + 9, ..Started::default() };
+        receive(&link, Kind::Started, 0, channel.id, &started.encode()).unwrap();
+        assert!(matches!(take(&mut channel), Some(Err(End::Ended(Ending::Lost(_))))));
     }
 }

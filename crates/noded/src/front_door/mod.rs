@@ -39,6 +39,9 @@ use tokio::sync::Semaphore;
 /// Descriptors kept back for what is no client's connection: agents, the Python server, the control socket.
 const RESERVED_DESCRIPTORS: u64 = 64;
 
+/// How often free memory is given back.
+const TRIM_EVERY: Duration = Duration::from_secs(30);
+
 /// What the front door works with; the keeper opens all of it.
 #[derive(Debug)]
 pub struct Config {
@@ -95,8 +98,8 @@ pub fn run(config: Config) -> ExitCode {
 
 fn start(config: Config) -> io::Result<std::convert::Infallible> {
     let descriptors = raise_descriptor_limit()?;
-    // One thread: with every byte moved by the kernel and few instructions in between, a second one
-    // costs more in wake-ups than it brings.
+    // One thread: the kernel moves the bytes and few instructions lie in between, so a second one brought nothing
+    // that could be measured on two cores, neither in throughput nor in round trips.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async move {
         // Two a connection: a stream's other end is an agent's or the Python server's.
@@ -116,9 +119,22 @@ fn start(config: Config) -> io::Result<std::convert::Infallible> {
         let control = std::os::unix::net::UnixListener::from(config.control);
         control.set_nonblocking(true)?;
         log::info("front_door_started", &[("max_connections", max_connections.into())]);
+        tokio::spawn(give_memory_back());
         control::serve(door, UnixListener::from_std(control)?).await;
         Err(io::Error::other("the control socket is gone"))
     })
+}
+
+/// Returns to the kernel what a burst took: free memory below anything that lives on is not returned by itself.
+async fn give_memory_back() {
+    loop {
+        tokio::time::sleep(TRIM_EVERY).await;
+        #[cfg(target_env = "gnu")]
+        // SAFETY: it takes no pointer and may be called at any time.
+        unsafe {
+            libc::malloc_trim(0);
+        }
+    }
 }
 
 /// A listening socket of whichever family the descriptor has.

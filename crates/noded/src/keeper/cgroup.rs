@@ -6,6 +6,7 @@
 //! has the memory limit plus a little, so that what the agent writes for the owner is bounded too.
 
 use std::ffi::CString;
+use std::fmt::Display;
 use std::io::Write as _;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -144,14 +145,14 @@ impl Cgroups {
     /// OOM kills in a sandbox so far, in its workload and above it.
     pub fn oom_kills(&self, id: &str) -> u64 {
         let file = if self.version == Version::V1 { "memory.oom_control" } else { "memory.events" };
-        let count = |group: &str| self.read("memory", &format!("{group}/{file}")).and_then(|text| field(&text, "oom_kill"));
-        let total = if self.version == Version::V1 {
+        let count =
+            |group: &str| self.read("memory", &format!("{group}/{file}")).and_then(|text| field(&text, "oom_kill"));
+        if self.version == Version::V1 {
             // v1 counts each group by itself.
             [id.to_owned(), format!("{id}/work"), format!("{id}/agent")].iter().filter_map(|group| count(group)).sum()
         } else {
             count(id).unwrap_or(0)
-        };
-        total
+        }
     }
 
     /// What a sandbox uses now: (memory, peak memory, tasks, CPU microseconds).
@@ -325,11 +326,12 @@ fn enable(dir: BorrowedFd<'_>) -> Result<()> {
     write(dir, "cgroup.subtree_control", CONTROLLERS.map(|name| format!("+{name}")).join(" "))
 }
 
-fn write(dir: BorrowedFd<'_>, file: &str, value: impl ToString) -> Result<()> {
+fn write(dir: BorrowedFd<'_>, file: &str, value: impl Display) -> Result<()> {
     let fd = sys::open_beneath(dir, &sys::c_string(file)?, libc::O_WRONLY)?;
+    // One write: the kernel takes each as a value of its own.
     std::fs::File::from(fd)
         .write_all(value.to_string().as_bytes())
-        .map_err(|error| Error::io("write", format!("{file} = {}", value.to_string()), &error))
+        .map_err(|error| Error::io("write", format!("{file} = {value}"), &error))
 }
 
 fn ignore_missing(result: Result<()>) -> Result<()> {

@@ -43,8 +43,7 @@ pub fn write_only_below(places: &[&CStr]) -> Result<Option<OwnedFd>> {
         let directory = meta.st_mode & libc::S_IFMT == libc::S_IFDIR;
         let rule = PathBeneath { allowed: if directory { WRITES } else { FILE_WRITES }, parent: parent.as_raw_fd() };
         // SAFETY: the structure is what rule type 1 takes.
-        let added =
-            unsafe { libc::syscall(libc::SYS_landlock_add_rule, ruleset.as_raw_fd(), 1, &raw const rule, 0) };
+        let added = unsafe { libc::syscall(libc::SYS_landlock_add_rule, ruleset.as_raw_fd(), 1, &raw const rule, 0) };
         if added < 0 {
             return Err(Error::last("landlock_add_rule", words));
         }
@@ -52,7 +51,7 @@ pub fn write_only_below(places: &[&CStr]) -> Result<Option<OwnedFd>> {
     Ok(Some(ruleset))
 }
 
-/// Puts the calling process under a ruleset; no_new_privs must be set.
+/// Puts the calling process under a ruleset; `no_new_privs` must be set.
 pub fn restrict(ruleset: BorrowedFd<'_>) -> Result<()> {
     // SAFETY: plain numbers.
     if unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) } < 0 {

@@ -176,7 +176,10 @@ impl Keeper {
                 let over = self.sandboxes.is_empty() && self.remains.is_empty() && self.unpacking.is_empty();
                 if over || Instant::now() > stop.deadline {
                     if !over {
-                        log("stop_incomplete", &json!({ "sandboxes": self.sandboxes.len(), "remains": self.remains.len() }));
+                        log(
+                            "stop_incomplete",
+                            &json!({ "sandboxes": self.sandboxes.len(), "remains": self.remains.len() }),
+                        );
                     }
                     return stop.clean && over;
                 }
@@ -266,11 +269,13 @@ impl Keeper {
                     return;
                 }
                 rpc::Received::Packet(bytes, fd) => {
-                    let id = serde_json::from_slice::<Value>(&bytes).ok().and_then(|value| value["id"].as_u64());
                     match serde_json::from_slice::<Request>(&bytes) {
                         Ok(request) => self.serve_request(request, fd),
                         Err(error) => {
-                            self.channel.answer(id.unwrap_or(0), Err(Error::invalid(error.to_string())));
+                            // Whoever asked is told, where the packet says who that was.
+                            let packet = serde_json::from_slice::<Value>(&bytes).unwrap_or_default();
+                            let id = packet.get("id").and_then(Value::as_u64).unwrap_or(0);
+                            self.channel.answer(id, Err(Error::invalid(error.to_string())));
                         }
                     }
                 }
@@ -523,6 +528,9 @@ impl Keeper {
 
     /// Ends the other two processes and takes away what belongs to the node itself.
     fn close(self) {
+        // The server may be waiting for an answer that will not come: let it see that nobody is here.
+        // SAFETY: an open socket.
+        unsafe { libc::shutdown(self.node.server_end.as_raw_fd(), libc::SHUT_RDWR) };
         for child in [&self.node.server, &self.node.door] {
             end(child);
         }

@@ -47,9 +47,8 @@ impl Channel {
         message.msg_control = control.as_mut_ptr().cast();
         message.msg_controllen = std::mem::size_of_val(&control);
         // SAFETY: the message's pointers are to buffers as long as it says.
-        let count = unsafe {
-            libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC)
-        };
+        let count =
+            unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC) };
         if count < 0 {
             let errno = std::io::Error::last_os_error().raw_os_error();
             let again = errno == Some(libc::EAGAIN) || errno == Some(libc::EINTR);
@@ -116,10 +115,12 @@ fn descriptor(message: &libc::msghdr) -> Option<OwnedFd> {
         while !header.is_null() {
             if (*header).cmsg_level == libc::SOL_SOCKET && (*header).cmsg_type == libc::SCM_RIGHTS {
                 let bytes = (*header).cmsg_len - libc::CMSG_LEN(0) as usize;
-                let data = libc::CMSG_DATA(header).cast::<RawFd>();
-                for index in 0..bytes / std::mem::size_of::<RawFd>() {
-                    let fd = OwnedFd::from_raw_fd(data.add(index).read_unaligned());
-                    first.get_or_insert(fd);
+                let data = libc::CMSG_DATA(header);
+                for offset in (0..bytes).step_by(std::mem::size_of::<RawFd>()) {
+                    let mut fd: RawFd = -1;
+                    let (from, to) = (data.add(offset), (&raw mut fd).cast::<u8>());
+                    std::ptr::copy_nonoverlapping(from, to, std::mem::size_of::<RawFd>());
+                    first.get_or_insert(OwnedFd::from_raw_fd(fd));
                 }
             }
             header = libc::CMSG_NXTHDR(message, header);
@@ -157,7 +158,8 @@ impl Ready {
         } else {
             ("node_unavailable", 503)
         };
-        let detail = if error.stage.is_empty() { error.message.clone() } else { format!("{}: {}", error.stage, error.message) };
+        let detail =
+            if error.stage.is_empty() { error.message.clone() } else { format!("{}: {}", error.stage, error.message) };
         let problem = json!({
             "code": code, "status": status, "detail": detail, "hint": "`shoal doctor` says what this host lacks",
             "is_infra": true, "details": { "stage": error.stage, "call": error.call, "errno": error.errno },

@@ -170,7 +170,8 @@ fn small_root(run_dir: &str, pool: &OwnedFd) -> Result<OwnedFd> {
         sys::mkdirat(root.as_fd(), path.to_string_lossy().trim_start_matches('/'), 0o555)?;
     }
     let devices = native::device_mount()?;
-    let proc = FsContext::open("proc")?.mount(sys::MOUNT_ATTR_NOSUID | sys::MOUNT_ATTR_NODEV | sys::MOUNT_ATTR_NOEXEC)?;
+    let proc =
+        FsContext::open("proc")?.mount(sys::MOUNT_ATTR_NOSUID | sys::MOUNT_ATTR_NODEV | sys::MOUNT_ATTR_NOEXEC)?;
     // In this namespace nobody else sees the run directory, so it can serve as the place to stand on.
     sys::move_mount(root.as_fd(), run_dir)?;
     for (mount, place) in [(&proc, "proc"), (pool, "pool"), (&devices, "dev")] {
@@ -308,9 +309,8 @@ fn listen(run_dir: &str, name: &str, owner: Option<u32>) -> Result<OwnedFd> {
 fn seqpacket() -> Result<(OwnedFd, OwnedFd)> {
     let mut ends = [0; 2];
     // SAFETY: room for two descriptors.
-    let made = unsafe {
-        libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, ends.as_mut_ptr())
-    };
+    let made =
+        unsafe { libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, ends.as_mut_ptr()) };
     if made < 0 {
         return Err(Error::last("socketpair", ""));
     }

@@ -251,7 +251,10 @@ impl Spec {
         }
         for limit in &self.process.rlimits {
             if rlimit_number(&limit.kind).is_none() || limit.soft > limit.hard {
-                return Err(Error::invalid(format!("rlimit {} is unknown or its soft limit is over the hard one", limit.kind)));
+                return Err(Error::invalid(format!(
+                    "rlimit {} is unknown or its soft limit is over the hard one",
+                    limit.kind
+                )));
             }
         }
         Ok(())
@@ -374,7 +377,10 @@ mod tests {
         ] {
             assert!(check(|spec| *spec.pointer_mut(pointer).unwrap() = value.clone()).is_err(), "{pointer}");
         }
-        assert!(check(|spec| spec["linux"]["resources"].as_object_mut().unwrap().remove("memory").map_or((), drop)).is_err());
+        assert!(
+            check(|spec| spec["linux"]["resources"].as_object_mut().unwrap().remove("memory").map_or((), drop))
+                .is_err()
+        );
     }
 
     #[test]
@@ -386,7 +392,8 @@ mod tests {
     #[test]
     fn a_sandbox_id_is_one_path_component() {
         check_sandbox_id("sb-abcdefgh2345").unwrap();
-        for id in ["", "sb-", "sb-short", "sb-abc/defghi", "sb-../../../etc", "SB-abcdefgh2345", "sb-abcdefgh2345.sock"] {
+        for id in ["", "sb-", "sb-short", "sb-abc/defghi", "sb-../../../etc", "SB-abcdefgh2345", "sb-abcdefgh2345.sock"]
+        {
             assert!(check_sandbox_id(id).is_err(), "{id}");
         }
     }

@@ -55,8 +55,8 @@ pub fn open(path: &str, flags: i32) -> Result<OwnedFd> {
 pub fn mkdirat(dir: BorrowedFd<'_>, name: &str, mode: u32) -> Result<()> {
     let c_name = c_string(name)?;
     // SAFETY: the name ends in NUL and outlives the call.
-    let made = unsafe { libc::mkdirat(dir.as_raw_fd(), c_name.as_ptr(), mode) };
-    check("mkdirat", name, made.into())
+    let result = unsafe { libc::mkdirat(dir.as_raw_fd(), c_name.as_ptr(), mode) };
+    check("mkdirat", name, result.into())
 }
 
 /// A detached copy of the mount at `dir`, which can be given attributes of its own.
@@ -214,8 +214,7 @@ pub unsafe fn fork(how: &Fork<'_>) -> Result<Option<(i32, OwnedFd)>> {
         arguments.cgroup = cgroup.as_raw_fd() as u64;
     }
     // SAFETY: without CLONE_VM this is fork; the structure is as long as said.
-    let pid =
-        unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, std::mem::size_of::<libc::clone_args>()) };
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, std::mem::size_of::<libc::clone_args>()) };
     if pid < 0 {
         return Err(Error::last("clone3", ""));
     }

@@ -93,7 +93,7 @@ async def test_a_sandbox_over_http(tmp_path: Path) -> None:
         assert access.sandbox.cpu == 2.0
         assert (await one.call("GET", f"/v1/sandboxes/{sandbox}"))[1] == made["sandbox"]
         assert (await one.call("POST", f"/v1/sandboxes/{sandbox}/connect"))[1] == made
-        for query in ("", "?label=a=b", "?all=true&label=a=b", "?all=false"):
+        for query in ("", "?label=a=b", "?all=true&label=a=b&limit=5", "?all=false"):
             status, page = await one.call("GET", f"/v1/sandboxes{query}")
             assert [each["id"] for each in page["sandboxes"]] == [sandbox]
         assert (await one.call("GET", "/v1/sandboxes?label=a=c"))[1] == {"sandboxes": []}
@@ -175,6 +175,9 @@ async def test_a_bad_spec_is_named_and_nothing_is_done(
         ("GET", "/v1/sandboxes?label=a", 400, "invalid_argument"),
         ("GET", "/v1/sandboxes?label=a=b&label=a=c", 400, "invalid_argument"),
         ("GET", "/v1/sandboxes?all=maybe", 400, "invalid_argument"),
+        ("GET", "/v1/sandboxes?limit=0", 400, "invalid_argument"),
+        ("GET", "/v1/sandboxes?limit=-1", 400, "invalid_argument"),
+        ("GET", "/v1/sandboxes?limit=99999999999999", 400, "invalid_argument"),
         ("GET", "/v1/sandboxes?all=true&all=false", 400, "invalid_argument"),
         ("GET", "/v1/sandboxes/sb-nope", 404, "sandbox_not_found"),
         ("DELETE", "/v1/sandboxes/sb-nope", 404, "sandbox_not_found"),

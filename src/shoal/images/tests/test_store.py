@@ -3,9 +3,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 
 from shoal.errors import ConflictError, ImageNotFoundError, InternalError, InvalidArgumentError
@@ -114,6 +117,26 @@ async def test_a_pinned_image_keeps_its_layers(
         await store.remove("base")
         assert await store.gc() == []
     await store.remove("alias")
+    assert not layers.kept
+
+
+async def test_an_image_that_is_going_can_no_longer_be_pinned(
+    store: ImageStore, layers: FakeLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put(store, tmp_path, "base", [A])
+    in_thread = anyio.to_thread.run_sync
+    seen = []
+
+    async def run_sync(call: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        if call.__name__ == "write":
+            with pytest.raises(ImageNotFoundError):
+                store.get("base")
+            seen.append(call)
+        return await in_thread(call, *args, **more)
+
+    monkeypatch.setattr(anyio.to_thread, "run_sync", run_sync)
+    await store.remove("base")
+    assert seen
     assert not layers.kept
 
 

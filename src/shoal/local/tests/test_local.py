@@ -138,6 +138,14 @@ def test_serve_itself_tells_the_starter_what_is_missing(
         node.ensure()
 
 
+def test_the_short_way_to_the_socket_agrees_with_the_settings(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert node.socket_path() == node.settings().socket
+    monkeypatch.delenv("SHOAL_RUN_DIR")
+    assert node.socket_path() == node.settings().socket == Path(node.DEFAULT_RUN_DIR) / "shoal.sock"
+
+
 def test_without_root_it_says_so_at_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(HostUnsupportedError, match="needs root") as caught:

@@ -43,6 +43,15 @@ def test_more_than_the_host_has_names_the_hosts_number(field: str, value: float,
     assert caught.value.details["field"] == field
 
 
+def test_large_numbers_are_written_out() -> None:
+    with pytest.raises(InvalidArgumentError, match="disk_mib of 10000000 is more"):
+        admission().check(SandboxSpec(disk_mib=10_000_000))
+    with pytest.raises(
+        InvalidArgumentError, match=r"cpu of 4\.25 is more than this host has: 4 CPUs"
+    ):
+        admission().check(SandboxSpec(cpu=4.25))
+
+
 def test_a_spec_as_large_as_the_host_is_fine() -> None:
     admission().check(
         SandboxSpec(cpu=4.0, memory_mib=8192, disk_mib=16384, pids=10_000, timeout=3600.0)

@@ -151,7 +151,7 @@ async def test_a_record_that_could_not_be_written_is_written_later(tmp_path: Pat
         info = await one.engine.terminate(info.id)
         assert info.status is Status.STOPPED
         assert one.engine.get(info.id) == info
-        assert [each.id for each in one.engine.list(ended=True)] == [info.id]
+        assert [each.id for each in one.engine.list(ended=10)] == [info.id]
         one.state.save = save  # type: ignore[method-assign]  # it has room again
         await one.engine.shutdown()
         kept = one.state.get(info.id)
@@ -413,9 +413,9 @@ async def test_lists_select_by_label_and_by_life(tmp_path: Path) -> None:
         second = (await one.engine.create(SandboxSpec(labels={"job": "2"}))).sandbox
         await one.engine.terminate(first.id)
         assert [each.id for each in one.engine.list()] == [second.id]
-        assert [each.id for each in one.engine.list(ended=True)] == [second.id, first.id]
+        assert [each.id for each in one.engine.list(ended=10)] == [second.id, first.id]
         assert one.engine.list(labels={"job": "1"}) == []
-        found = one.engine.list(labels={"job": "1", "x": "y"}, ended=True)
+        found = one.engine.list(labels={"job": "1", "x": "y"}, ended=10)
         assert [each.id for each in found] == [first.id]
         with pytest.raises(SandboxNotFoundError):
             one.engine.get("sb-nope")

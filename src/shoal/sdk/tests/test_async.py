@@ -192,6 +192,23 @@ async def test_a_slow_reader_gets_every_byte(node: FakeNode) -> None:
         assert process.stdout.dropped_bytes == 0
 
 
+async def test_reading_both_streams_at_once_loses_nothing_however_slow_one_is(
+    node: FakeNode,
+) -> None:
+    async with await AsyncSandbox.create() as sb:
+        process = await sb.exec("head -c 30000000 /dev/zero; echo done >&2")
+
+        async def slowly() -> int:
+            seen = 0
+            while data := await process.stdout.read(1 << 20):
+                seen += len(data)
+                await asyncio.sleep(0.01)
+            return seen
+
+        seen, err, code = await asyncio.gather(slowly(), process.stderr.read(), process.wait())
+        assert (seen, err, code) == (30000000, b"done\n", 0)
+
+
 async def test_a_sandbox_that_ends_ends_its_execs_with_the_reason(node: FakeNode) -> None:
     sb = await AsyncSandbox.create()
     process = await sb.exec(["sleep", "60"])

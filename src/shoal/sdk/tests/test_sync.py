@@ -135,6 +135,21 @@ def test_a_forked_child_has_a_loop_of_its_own_and_leaves_the_parents_alone(node:
         assert (out, err, program.returncode) == ("fine\n", "", 0)
 
 
+def test_a_forked_child_that_leaves_the_block_ends_nothing(node: FakeNode) -> None:
+    code = """
+        import os, shoal, sys
+        with shoal.Sandbox.create() as sb:
+            child = os.fork()
+            if child == 0:
+                sys.exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            print(sb.run("echo alive").stdout, end="")
+    """
+    with _program(code) as program:
+        assert program.communicate(timeout=30) == ("alive\n", "")
+    assert all(sandbox.info.reason for sandbox in node.sandboxes.values())
+
+
 def test_multiprocessing_fork_works(node: FakeNode) -> None:
     code = """
         import multiprocessing, shoal

@@ -68,8 +68,40 @@ def test_ended_ones_are_pruned_and_living_ones_never(tmp_path: Path) -> None:
     store.save(record("sb-old", status=Status.STOPPED, ended_at=100.0))
     store.save(record("sb-new", status=Status.STOPPED, ended_at=200.0))
     store.save(record("sb-live"))
-    assert store.prune(ended_before=150.0) == 1
+    assert store.prune(ended_before=150.0, keep=10) == 1
     assert {one.id for one in store.all()} == {"sb-new", "sb-live"}
+    for number in range(10):
+        store.save(record(f"sb-{number}", status=Status.STOPPED, ended_at=300.0 + number))
+    assert store.prune(ended_before=0.0, keep=3) == 8
+    assert {one.id for one in store.all()} == {"sb-7", "sb-8", "sb-9", "sb-live"}
+    assert store.prune(ended_before=0.0, keep=0) == 3
+    store.close()
+
+
+def test_ended_ones_are_listed_newest_first_and_not_without_end(tmp_path: Path) -> None:
+    store = StateStore.open(tmp_path / "state.db")
+    store.save(record("sb-live"))
+    for number in range(10):
+        labels = {"odd": str(number % 2)}
+        spec = SandboxSpec(labels=labels)
+        born = float(number)
+        store.save(record(f"sb-{number}", status=Status.STOPPED, spec=spec, created_at=born))
+    assert [one.id for one in store.ended(labels={}, limit=2)] == ["sb-9", "sb-8"]
+    found = store.ended(labels={"odd": "0"}, limit=2)
+    assert [one.id for one in found] == ["sb-8", "sb-6"]
+    store.save(record("sb-later"))  # no read is left open
+    store.close()
+
+
+def test_a_checkpoint_folds_the_wal_while_the_store_is_in_use(tmp_path: Path) -> None:
+    store = StateStore.open(tmp_path / "state.db")
+    for number in range(200):
+        store.save(record(f"sb-{number}"))
+    before = (tmp_path / "state.db").stat().st_size
+    store.checkpoint()
+    assert (tmp_path / "state.db").stat().st_size > before
+    store.save(record("sb-later"))
+    assert len(store.all()) == 201
     store.close()
 
 

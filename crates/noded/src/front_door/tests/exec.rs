@@ -50,7 +50,7 @@ fn a_short_command_streams_started_output_and_exit() {
     assert_eq!((frames[3].0, exit), (4, expected));
     let start = told.recv().unwrap();
     assert_eq!(start.env, [b"PATH=/bin".to_vec(), b"A=1".to_vec(), b"B=2".to_vec()]);
-    assert_eq!((start.cwd, start.make_cwd, start.user), (b"/work".to_vec(), true, b"dev".to_vec()));
+    assert_eq!((start.cwd, start.make_cwd, start.user), (b"/app".to_vec(), true, b"dev".to_vec()));
     assert_eq!((start.stdin, start.timeout_ms), (true, 1500));
 }
 

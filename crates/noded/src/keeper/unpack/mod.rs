@@ -27,7 +27,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use serde::{Deserialize, Serialize};
 
 use super::error::{Error, Result};
+use super::spec::IdMapping;
 use super::sys::{self, Fork};
+use super::userns;
 
 /// Ids that a layer may use: 0 to 65535, mapped to a range on the host that nothing else uses.
 pub const IDS: u32 = 65_536;
@@ -110,7 +112,7 @@ enum Message {
 ///
 /// The step that failed. A worker without one of its walls is never started.
 pub fn spawn(request: &Request<'_>) -> Result<Worker> {
-    let userns = make_user_namespace(request.host_id)?;
+    let userns = userns::make(&[IdMapping { container_id: 0, host_id: request.host_id, size: IDS }])?;
     let mount = sys::clone_mount(request.target)?;
     let attributes = sys::MOUNT_ATTR_NOSUID | sys::MOUNT_ATTR_NODEV | sys::MOUNT_ATTR_NOEXEC;
     sys::mount_setattr(mount.as_fd(), attributes, Some(userns.as_fd()))?;
@@ -126,7 +128,7 @@ pub fn spawn(request: &Request<'_>) -> Result<Worker> {
     // SAFETY: the child runs `worker::run`, which never returns.
     match (unsafe { sys::fork(&how) })? {
         Some((pid, pidfd)) => Ok(Worker { pid, pidfd, report }),
-        None => worker::run(request, userns, mount, write),
+        None => worker::run(request, &userns, &mount, &write),
     }
 }
 
@@ -179,33 +181,6 @@ pub fn outcome(report: &[u8], status: i32) -> Result<Unpacked> {
 
 fn is_digest(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
-}
-
-/// A user namespace with ids 0 to 65535, held by its descriptor alone.
-fn make_user_namespace(host_id: u32) -> Result<OwnedFd> {
-    let how = Fork { namespaces: libc::CLONE_NEWUSER as u64, cgroup: None };
-    // SAFETY: the child only waits for the signal that ends it.
-    let Some((pid, pidfd)) = (unsafe { sys::fork(&how) })? else {
-        loop {
-            // SAFETY: no pointers. If the keeper dies first, so does this.
-            unsafe {
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                libc::pause();
-            }
-        }
-    };
-    let made = map_ids(pid, host_id);
-    sys::pidfd_kill(pidfd.as_fd(), libc::SIGKILL)?;
-    sys::wait(pid);
-    made
-}
-
-fn map_ids(pid: i32, host_id: u32) -> Result<OwnedFd> {
-    for file in ["uid_map", "gid_map"] {
-        let path = format!("/proc/{pid}/{file}");
-        std::fs::write(&path, format!("0 {host_id} {IDS}\n")).map_err(|error| Error::io("write", &path, &error))?;
-    }
-    sys::open(&format!("/proc/{pid}/ns/user"), libc::O_RDONLY)
 }
 
 fn set_nonblocking(fd: BorrowedFd<'_>) -> Result<()> {

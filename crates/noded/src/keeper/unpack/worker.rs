@@ -28,11 +28,11 @@ const ROOT: RawFd = 2;
 const CAPABILITIES: u32 = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4;
 
 /// Becomes the worker. Runs in the child of a fork.
-pub fn run(request: &Request<'_>, userns: OwnedFd, mount: OwnedFd, report: OwnedFd) -> ! {
+pub fn run(request: &Request<'_>, userns: &OwnedFd, mount: &OwnedFd, report: &OwnedFd) -> ! {
     // A panic must not unwind into the code of the keeper, of which this process is a copy.
     let _ = std::panic::catch_unwind(AssertUnwindSafe(|| {
         let mut pipe = report.as_raw_fd();
-        let message = match confine(request, &userns, &mount, &mut pipe) {
+        let message = match confine(request, userns, mount, &mut pipe) {
             Ok(()) => unpack(request),
             Err(error) => Message::Error(Failure { bad_layer: false, errno: error.errno, message: error.message }),
         };
@@ -173,11 +173,8 @@ fn drop_privileges() -> Result<()> {
         }
     }
     // SAFETY: plain numbers.
-    check(
-        "prctl",
-        "PR_CAP_AMBIENT",
-        unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) }.into(),
-    )?;
+    let cleared = unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) };
+    check("prctl", "PR_CAP_AMBIENT", cleared.into())?;
     let header = CapHeader { version: CAP_VERSION_3, pid: 0 };
     let kept = CapData { effective: CAPABILITIES, permitted: CAPABILITIES, inheritable: 0 };
     let data = [kept, CapData { effective: 0, permitted: 0, inheritable: 0 }];
@@ -189,7 +186,8 @@ fn drop_privileges() -> Result<()> {
     check("prctl", "PR_SET_DUMPABLE", unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) }.into())?;
     // After the change of ids, which clears it.
     // SAFETY: as above.
-    check("prctl", "PR_SET_PDEATHSIG", unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) }.into())?;
+    let tied = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) };
+    check("prctl", "PR_SET_PDEATHSIG", tied.into())?;
     let mut report = libc::pollfd { fd: REPORT, events: 0, revents: 0 };
     // A keeper that died before the line above leaves a pipe without a reader.
     // SAFETY: one structure, which outlives the call.

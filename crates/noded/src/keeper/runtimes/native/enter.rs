@@ -309,7 +309,8 @@ fn mount_proc(plan: &Plan<'_>) -> Stepped {
         done(Step::Proc, context.into())?;
         let none = std::ptr::null::<libc::c_char>();
         done(Step::Proc, libc::syscall(libc::SYS_fsconfig, context, 6, none, none, 0))?;
-        let attributes = sys::MOUNT_ATTR_RDONLY | sys::MOUNT_ATTR_NOSUID | sys::MOUNT_ATTR_NODEV | sys::MOUNT_ATTR_NOEXEC;
+        let attributes =
+            sys::MOUNT_ATTR_RDONLY | sys::MOUNT_ATTR_NOSUID | sys::MOUNT_ATTR_NODEV | sys::MOUNT_ATTR_NOEXEC;
         let mount = libc::syscall(libc::SYS_fsmount, context, 1, attributes) as RawFd;
         done(Step::Proc, mount.into())?;
         move_mount(Step::Proc, mount, proc, c"")?;
@@ -319,9 +320,8 @@ fn mount_proc(plan: &Plan<'_>) -> Stepped {
         // By path: a descriptor would lead to the keeper's own mounts, which cannot be cloned from here.
         let source = if mask.directory { EMPTY_DIR } else { c"/dev/null" };
         // SAFETY: the path ends in NUL; flag 1 clones.
-        let clone = unsafe {
-            libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, source.as_ptr(), 1 | libc::O_CLOEXEC as u32)
-        };
+        let clone =
+            unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, source.as_ptr(), 1 | libc::O_CLOEXEC as u32) };
         done(Step::Masks, clone)?;
         move_mount(Step::Masks, clone as RawFd, libc::AT_FDCWD, &mask.path)?;
         // SAFETY: ours to close.

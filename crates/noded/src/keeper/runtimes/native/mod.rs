@@ -6,7 +6,6 @@
 
 mod enter;
 
-
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -20,13 +19,26 @@ use super::super::userns;
 
 pub use enter::{EMPTY_DIR, NEW_ROOT};
 
-
 /// Paths in /proc that show or change the host; masked where the kernel has them.
 ///
 /// Source: OCI runtime-spec, `linux.maskedPaths`, as containerd fills it; kmsg, kallsyms and modules are ours.
 const MASKED: [&str; 16] = [
-    "acpi", "asound", "interrupts", "kallsyms", "kcore", "key-users", "keys", "kmsg", "latency_stats", "modules",
-    "sched_debug", "scsi", "sysrq-trigger", "timer_list", "timer_stats", "vmallocinfo",
+    "acpi",
+    "asound",
+    "interrupts",
+    "kallsyms",
+    "kcore",
+    "key-users",
+    "keys",
+    "kmsg",
+    "latency_stats",
+    "modules",
+    "sched_debug",
+    "scsi",
+    "sysrq-trigger",
+    "timer_list",
+    "timer_stats",
+    "vmallocinfo",
 ];
 
 /// What all native sandboxes of this keeper share.
