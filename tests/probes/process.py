@@ -121,15 +121,22 @@ def the_guest_agent_cannot_be_touched(report: Report) -> None:
             ("environ", os.O_RDONLY),
             ("maps", os.O_RDONLY),
             ("auxv", os.O_RDONLY),
-            ("syscall", os.O_RDONLY),
-            ("stack", os.O_RDONLY),
+            ("pagemap", os.O_RDONLY),
             ("clear_refs", os.O_WRONLY),
         ):
             result = try_open(f"/proc/{pid}/{name}", flags)
-            if name in {"syscall", "stack", "auxv"} and result == -errno.ENOENT:
-                continue
             refused = frozenset({*DENIED, errno.EROFS}) if flags != os.O_RDONLY else DENIED
             report.refused(f"open of /proc/{pid}/{name} ({flags})", result, refused)
+        for name in ("syscall", "stack", "personality", "timerslack_ns"):
+            told = read(f"/proc/{pid}/{name}", 256)  # here the kernel asks at the read
+            report.expect(not told, f"/proc/{pid}/{name} tells {told!r}")
+        for name in ("exe", "cwd", "root", "fd/0", "ns/mnt"):
+            try:
+                target = os.readlink(f"/proc/{pid}/{name}")
+            except OSError as error:
+                report.expect(error.errno in DENIED, f"readlink of /proc/{pid}/{name}: {error}")
+            else:
+                report.expect(False, f"/proc/{pid}/{name} is {target}")
         for name in ("fd", "fdinfo", "map_files", "cwd/", "root/"):
             try:
                 entries = os.listdir(f"/proc/{pid}/{name}")

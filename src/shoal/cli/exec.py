@@ -8,12 +8,12 @@ import click
 
 from shoal.cli import _streams
 from shoal.cli._options import drive, exec_options, timeout_option
-from shoal.cli.run import conclude
+from shoal.cli.run import COMMAND_LINE, conclude
 from shoal.sdk import AsyncSandbox
 from shoal.types import PtySize
 
 
-@click.command()
+@click.command(context_settings=COMMAND_LINE)
 @exec_options
 @timeout_option("Seconds after which the command is killed (exit code 124).", default=None)
 @click.option("-i", "--interactive", is_flag=True, help="Forward stdin.")
@@ -38,11 +38,16 @@ def command(
     shoal exec -it $id -- python3
     """
 
+    # The parser stops at ID, so a `--` behind it is still here.
+    argv = list(command[1:] if command[0] == "--" else command)
+    if not argv:
+        raise click.UsageError("Missing argument 'COMMAND...'.")
+
     async def main() -> int:
         pty: bool | PtySize = _streams.terminal_size() if tty else False
         variables = ({"TERM": os.environ.get("TERM", "xterm")} if tty else {}) | dict(env)
         process = await (await AsyncSandbox.connect(sandbox)).exec(
-            list(command),
+            argv,
             stdin=interactive,
             pty=pty,
             env=variables,

@@ -16,7 +16,11 @@ _MARGIN = 30.0
 """Seconds that the sandbox outlives its command's time, so that the command's end can be told."""
 
 
-@click.command(context_settings={"ignore_unknown_options": False})
+COMMAND_LINE = {"allow_interspersed_args": False}
+"""Options end where the command begins, so `shoal run ls -l` needs no `--`."""
+
+
+@click.command(context_settings=COMMAND_LINE)
 @sandbox_options
 @exec_options
 @timeout_option("Seconds after which the command is killed (exit code 124).")

@@ -32,6 +32,20 @@ _DROPPED = (
     "usr/share/lintian",
     "usr/share/bug",
 )
+_SCRATCH = ".base-"
+_APART = [
+    "/usr/bin/unshare",
+    "--mount",
+    "--propagation",
+    "private",
+    "--pid",
+    "--fork",
+    "--mount-proc",
+    "--kill-child=KILL",
+    "--",
+]
+"""mmdebstrap mounts the host's /dev/shm and more into what it builds. In a mount namespace of its own these
+mounts end with it, however it ends; in a pid namespace of its own nothing of it outlives it."""
 _EPOCH = "1735689600"
 """Newest file time in the image, so that a second build differs only where packages do."""
 
@@ -124,49 +138,72 @@ def build(tell: Tell, *, refresh: bool = False) -> Path:
 
 
 def _build(tool: str, target: Path, tell: Tell) -> None:
-    with tempfile.TemporaryDirectory(prefix=".base-", dir=target.parent) as scratch:
-        made = Path(scratch) / "base.tar"
+    for left in target.parent.glob(f"{_SCRATCH}*"):
+        _remove(left)  # of a build that was killed; we hold the lock, so nobody works there
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=target.parent))
+    try:
+        made = scratch / "base.tar"
+        scratch.chmod(0o755)  # apt's own user must be able to enter
         environment = {
             name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")
         }
         environment |= {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "LC_ALL": "C.UTF-8",
-            "TMPDIR": scratch,
+            "TMPDIR": str(scratch),
             "SOURCE_DATE_EPOCH": _EPOCH,
             "DEBIAN_FRONTEND": "noninteractive",
         }
-        os.chmod(scratch, 0o755)  # noqa: S103 - apt's own user must be able to enter
-        with (
-            open(made, "wb") as tar,
-            subprocess.Popen(
-                [tool, *recipe()],
-                stdin=subprocess.DEVNULL,
-                stdout=tar,
-                stderr=subprocess.PIPE,
-                env=environment,
-                cwd="/",
-                start_new_session=True,
-            ) as process,
-        ):
-            last: deque[str] = deque(maxlen=12)
-            try:
-                assert process.stderr is not None  # noqa: S101 - it is a pipe
-                meter = Meter()
-                for raw in process.stderr:
-                    line = raw.decode("utf-8", "replace").rstrip()
-                    last.append(line)
-                    tell(*meter.line(line))
-            except BaseException:
-                process.terminate()  # it unmounts and removes what it made
-                raise
-        if process.returncode != 0:
-            errors = [line for line in last if line.startswith(("E:", "W:"))] or list(last)[-3:]
+        code, last = _run([*_APART, tool, *recipe()], made, environment, tell)
+        if code != 0:
+            errors = [line for line in last if line.startswith(("E:", "W:"))] or last[-3:]
             raise ImageError(
                 f"mmdebstrap failed: {'; '.join(errors)[-600:]}",
                 hint=f"can this machine reach {mirror()}? SHOAL_DEBIAN_MIRROR names another mirror",
             )
         os.replace(made, target)
+    finally:
+        _remove(scratch)
+
+
+def _run(
+    argv: list[str], output: Path, environment: dict[str, str], tell: Tell
+) -> tuple[int, list[str]]:
+    """Run the build; its exit code and the last lines it said. What ends us ends all of it."""
+    last: deque[str] = deque(maxlen=12)
+    meter = Meter()
+    with (
+        open(output, "wb") as tar,
+        subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=tar,
+            stderr=subprocess.PIPE,
+            env=environment,
+            cwd="/",
+            start_new_session=True,
+        ) as process,
+    ):
+        assert process.stderr is not None  # noqa: S101 - it is a pipe
+        try:
+            for raw in process.stderr:
+                line = raw.decode("utf-8", "replace").rstrip()
+                last.append(line)
+                tell(*meter.line(line))
+        except BaseException:
+            process.kill()
+            process.stderr.read()  # up to its end: then the last of its processes is gone
+            raise
+    return process.returncode, list(last)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a tree, but nothing that is mounted in it."""
+    subprocess.run(
+        ["/bin/rm", "-rf", "--one-file-system", "--", str(directory)],
+        check=False,
+        capture_output=True,
+    )
 
 
 class Meter:

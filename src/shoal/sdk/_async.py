@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal as signals
 import stat
+import threading
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -1102,12 +1103,24 @@ class AsyncNode:
         """
         from shoal.local import base_image, progress
 
+        given_up = threading.Event()
+
         def build() -> tuple[str, int]:
             with progress.bar("building the base image") as tell:
-                path = base_image.build(tell, refresh=refresh)
+
+                def told(fraction: float | None, text: str) -> None:
+                    if given_up.is_set():
+                        raise InterruptedError("nobody waits for this build any more")
+                    tell(fraction, text)
+
+                path = base_image.build(told, refresh=refresh)
             return str(path), path.stat().st_size
 
-        path, total = await asyncio.to_thread(build)
+        try:
+            path, total = await asyncio.to_thread(build)
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
         with progress.bar("importing the base image") as tell:
             return await self.import_image(
                 path, name, format="rootfs", progress=lambda done: tell(done / total, "")

@@ -106,7 +106,7 @@ impl Agent {
             opened.push(file);
         }
         let mut command = Command::new(&argv[0]);
-        command.args(&argv[1..]).stdin(Stdio::null()).stdout(Stdio::null()).current_dir("/");
+        command.args(&argv[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/");
         // SAFETY: only fcntl runs between fork and exec.
         unsafe {
             command.pre_exec(move || {

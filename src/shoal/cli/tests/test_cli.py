@@ -127,6 +127,14 @@ def test_run_passes_options_on(node: FakeNode) -> None:
     assert done.returncode == 0
 
 
+def test_options_end_where_the_command_begins(node: FakeNode) -> None:
+    sandbox = shoal("create").stdout.decode().strip()
+    for argv in (["run"], ["exec", sandbox]):
+        assert shoal(*argv, "printf", "%s", "--json").stdout == b"--json"
+        assert shoal(*argv, "--", "printf", "%s", "-e").stdout == b"-e"
+    assert shoal("exec", "-e", "A=1", sandbox, "sh", "-c", "echo $A").stdout == b"1\n"
+
+
 def test_a_reader_that_has_enough_is_no_error(node: FakeNode) -> None:
     script = f"{sys.executable} -m shoal run -- seq 1 1000000 | head -n 1"
     done = subprocess.run(

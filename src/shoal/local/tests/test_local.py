@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -249,6 +251,59 @@ def test_a_build_that_fails_leaves_nothing_and_says_why(
         base_image.build(lambda fraction, text: None)
     assert "SHOAL_DEBIAN_MIRROR" in caught.value.hint
     assert [path.suffix for path in (home / "cache").iterdir()] == [".lock"]
+
+
+@needs_root
+def test_a_build_that_is_given_up_leaves_no_process_mount_or_file(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary = home / "canary"
+    canary.mkdir()
+    (canary / "precious").touch()
+    program = f"""
+        mkdir "$TMPDIR/tree"
+        mount --bind {canary} "$TMPDIR/tree" || exit 1
+        (trap "" TERM HUP INT; exec sleep 4242.17) &
+        echo mounted >&2
+        sleep 60
+    """
+    _fake_mmdebstrap(home, monkeypatch, program)
+    before = Path("/proc/self/mountinfo").read_text().count(str(home))
+
+    def give_up(fraction: float | None, text: str) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        base_image.build(give_up)
+    assert (canary / "precious").exists()
+    assert [path.suffix for path in (home / "cache").iterdir()] == [".lock"]
+    assert Path("/proc/self/mountinfo").read_text().count(str(home)) == before
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            assert b"4242.17" not in process.read_bytes()
+
+
+@needs_root
+def test_what_a_killed_build_left_goes_with_the_next_but_never_what_is_mounted_there(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary = home / "canary"
+    canary.mkdir()
+    (canary / "precious").touch()
+    left = home / "cache" / ".base-left"
+    (left / "mounted").mkdir(parents=True)
+    (left / "file").touch()
+    _fake_mmdebstrap(home, monkeypatch, "echo tar")
+    subprocess.run(["mount", "-t", "tmpfs", "none", left / "mounted"], check=True)
+    try:
+        (left / "mounted" / "precious").touch()
+        base_image.build(lambda fraction, text: None)
+        assert (left / "mounted" / "precious").exists()
+        assert not (left / "file").exists()
+    finally:
+        subprocess.run(["umount", left / "mounted"], check=True)
+    base_image.build(lambda fraction, text: None, refresh=True)
+    assert not left.exists()
 
 
 @needs_root

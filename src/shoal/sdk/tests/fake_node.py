@@ -61,6 +61,7 @@ class FakeExec:
     end: ExecExit | None = None
     stdin_seen: int = 0
     killed_by: int | None = None
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
 
 @dataclass
@@ -98,6 +99,7 @@ class FakeNode:
         """Answers in place of the routes, where it answers."""
         self.archive: bytes | None = None
         """What a download gets, whatever is there."""
+        self._started: list[FakeExec] = []
         self._ready = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
@@ -158,6 +160,9 @@ class FakeNode:
         await self._stopping.wait()
         for sandbox in self.sandboxes.values():
             self._end(sandbox, Reason.HOST_SHUTDOWN)
+        for running in self._started:
+            _kill(running, 9)
+            await asyncio.gather(*running.tasks)
         await runner.cleanup()
         self.socket.unlink(missing_ok=True)
 
@@ -281,12 +286,12 @@ class FakeNode:
             end = ExecExit(outcome=Outcome.NOT_STARTED, errno=error.errno, stage="exec")
             return FakeExec(None, open_outputs=0, end=end)
         running = FakeExec(process)
-        tasks = [
+        running.tasks = [
             asyncio.create_task(_collect(running, process.stdout, Kind.STDOUT)),
             asyncio.create_task(_collect(running, process.stderr, Kind.STDERR)),
             asyncio.create_task(_watch(running, wanted.timeout)),
         ]
-        running.tasks = tasks  # type: ignore[attr-defined]  # keeps them alive
+        self._started.append(running)
         return running
 
     async def _attach(self, request: web.Request) -> web.StreamResponse:

@@ -187,7 +187,9 @@ def test_an_error_keeps_its_type_across_the_portal() -> None:
 
 def _program(code: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    argv = [sys.executable, "-W", "error", "-c", textwrap.dedent(code)]
+    # From Python 3.12 on, os.fork warns wherever there are threads; that it works here is what we show.
+    quiet = "ignore:This process:DeprecationWarning"
+    argv = [sys.executable, "-W", "error", "-W", quiet, "-c", textwrap.dedent(code)]
     return subprocess.Popen(
         argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
