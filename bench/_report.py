@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
+LOAD_BEFORE = os.getloadavg()[0]
+"""Other people's load: taken before this run adds its own."""
 
 
 def machine() -> dict[str, Any]:
@@ -35,7 +37,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(memory_kib / 2**20, 1),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "load_before": os.getloadavg()[0],
+        "load_before": LOAD_BEFORE,
         "commit": _commit(),
     }
 

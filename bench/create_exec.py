@@ -140,4 +140,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except shoal.ShoalError as failure:
+        sys.exit(f"error: {failure}\nhint: {failure.hint}")

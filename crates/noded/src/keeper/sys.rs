@@ -94,6 +94,15 @@ pub fn mount_setattr(mount: BorrowedFd<'_>, set: u64, userns: Option<BorrowedFd<
     check("mount_setattr", "", result)
 }
 
+/// Whether nothing can be written through a mount.
+pub fn is_read_only(mount: BorrowedFd<'_>) -> Result<bool> {
+    // SAFETY: all-zero is a valid statvfs, which the kernel fills.
+    let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: an open descriptor and room for one structure.
+    check("fstatvfs", "", unsafe { libc::fstatvfs(mount.as_raw_fd(), &raw mut stat) }.into())?;
+    Ok(stat.f_flag & libc::ST_RDONLY != 0)
+}
+
 /// Attaches a detached mount at a path.
 pub fn move_mount(mount: BorrowedFd<'_>, target: &str) -> Result<()> {
     let c_target = c_string(target)?;

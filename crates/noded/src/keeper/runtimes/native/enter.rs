@@ -16,7 +16,7 @@ pub const NEW_ROOT: &CStr = c"/root";
 /// Directory of the keeper's root that stays empty and covers masked directories.
 pub const EMPTY_DIR: &CStr = c"/empty";
 
-/// Capabilities that root in the sandbox may have, over the sandbox's own ids alone (walls.md, PR-04).
+/// Capabilities that root in the sandbox may have, over the sandbox's own ids alone (SPECIFICATION.md, PR-04).
 const CAPABILITIES: [u32; 11] = [
     0,  // CHOWN
     1,  // DAC_OVERRIDE

@@ -86,7 +86,7 @@ impl Native {
         let host_id = spec.host_id();
         let userns = userns::make(&spec.linux.uid_mappings).map_err(|error| error.at("userns"))?;
         pool.make_sandbox(id, spec.disk.limit).map_err(|error| error.at("disk"))?;
-        let root = overlay(id, &spec.root.layers, pool, &userns).map_err(|error| error.at("overlay"))?;
+        let root = overlay(id, &spec.root.layers, pool, &userns, host_id).map_err(|error| error.at("overlay"))?;
         let devices = self.devices(&userns).map_err(|error| error.at("devices"))?;
         let terminals = terminals(host_id).map_err(|error| error.at("devices"))?;
         let shm = shared_memory(host_id, spec.shm).map_err(|error| error.at("devices"))?;
@@ -189,7 +189,7 @@ impl Native {
 ///
 /// `userxattr` keeps overlayfs's marks in `user.overlay.*`, which need no privilege to unpack and
 /// which a process inside can neither see nor set.
-fn overlay(id: &str, layers: &[String], pool: &Pool, userns: &OwnedFd) -> Result<OwnedFd> {
+fn overlay(id: &str, layers: &[String], pool: &Pool, userns: &OwnedFd, host_id: u32) -> Result<OwnedFd> {
     // One clone serves all layers and the upper directory: they lie in one file system.
     let mapped = sys::clone_mount(pool.root())?;
     sys::mount_setattr(mapped.as_fd(), 0, Some(userns.as_fd()))?;
@@ -209,7 +209,37 @@ fn overlay(id: &str, layers: &[String], pool: &Pool, userns: &OwnedFd) -> Result
     context.flag("userxattr")?;
     // Nothing of a sandbox outlives a crash of the host, so syncing it would buy nothing.
     context.flag("volatile")?;
-    context.mount(sys::MOUNT_ATTR_NOSUID | sys::MOUNT_ATTR_NODEV)
+    // overlayfs keeps the credentials of this moment for what it makes itself (its work directory, whiteouts).
+    // The mapping knows the sandbox's ids and not the host's root, whose files would get EOVERFLOW.
+    let root = as_files_of(host_id, || context.mount(sys::MOUNT_ATTR_NOSUID | sys::MOUNT_ATTR_NODEV))?;
+    // overlayfs does not fail when it cannot write to its upper directory: it mounts read-only.
+    if sys::is_read_only(root.as_fd())? {
+        return Err(Error::other("syscall_failed", "overlayfs could not use the sandbox's own directory"));
+    }
+    Ok(root)
+}
+
+/// Acts with another user's file system ids and all of the keeper's capabilities.
+fn as_files_of<T>(id: u32, act: impl FnOnce() -> Result<T>) -> Result<T> {
+    const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+    // SAFETY: numbers only. Without the bit, leaving id 0 would take the file capabilities away.
+    unsafe {
+        if libc::prctl(libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP, 0, 0, 0) < 0 {
+            return Err(Error::last("prctl", "PR_SET_SECUREBITS"));
+        }
+        libc::setfsgid(id);
+        libc::setfsuid(id);
+    }
+    let result = act();
+    // SAFETY: as above; going back to what this process was.
+    unsafe {
+        libc::setfsuid(0);
+        libc::setfsgid(0);
+        if libc::prctl(libc::PR_SET_SECUREBITS, 0, 0, 0, 0) < 0 {
+            return Err(Error::last("prctl", "PR_SET_SECUREBITS"));
+        }
+    }
+    result
 }
 
 fn terminals(host_id: u32) -> Result<OwnedFd> {
