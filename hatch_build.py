@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-PROGRAMS: Final = ("shoal-agent", "shoal-noded")
+PROGRAMS: Final = {"shoal-agent": "agent", "shoal-noded": "release"}
+"""Each with its Cargo profile."""
 SOURCES: Final = (".cargo", "Cargo.lock", "Cargo.toml", "crates")
 SDK_ONLY_HINT: Final = "for the client alone (it talks to a node elsewhere) set SHOAL_SDK_ONLY=1"
 _PT_INTERP: Final = 3
@@ -92,12 +93,15 @@ def _up_to_date(programs: list[Path], root: Path) -> bool:
 
 def _cargo_build(root: Path) -> dict[str, Path]:
     host = _cargo_host(root)
-    command = ["cargo", "build", "--release", "--locked", f"--target={host}"]
-    command += [word for name in PROGRAMS for word in ("-p", name)]
-    command.append("--message-format=json-render-diagnostics")
+    return {name: _cargo_build_one(root, host, name) for name in PROGRAMS}
+
+
+def _cargo_build_one(root: Path, host: str, name: str) -> Path:
+    command = ["cargo", "build", f"--profile={PROGRAMS[name]}", "--locked", f"--target={host}"]
+    command += ["-p", name, "--message-format=json-render-diagnostics"]
     # Either variable would silently replace .cargo/config.toml's flags, which make the programs static.
     flags = {"RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS"}
-    env = {name: value for name, value in os.environ.items() if name not in flags}
+    env = {key: value for key, value in os.environ.items() if key not in flags}
     build = subprocess.run(
         command, cwd=root, env=env, stdout=subprocess.PIPE, text=True, check=False
     )
@@ -107,17 +111,17 @@ def _cargo_build(root: Path) -> dict[str, Path]:
             f"a C linker and a static C library are needed too (Debian: build-essential); "
             f"{SDK_ONLY_HINT}",
         )
-    built = {}
-    for line in build.stdout.splitlines():
-        message = json.loads(line)
-        if message.get("executable") and message["target"]["name"] in PROGRAMS:
-            built[message["target"]["name"]] = Path(message["executable"])
-    for name in PROGRAMS:
-        if _interpreter_needed(built[name]):
-            raise BuildError(
-                f"{name} came out dynamically linked",
-                f"build with a toolchain whose target can be static (this one: {host})",
-            )
+    messages = [json.loads(line) for line in build.stdout.splitlines()]
+    [built] = [
+        Path(message["executable"])
+        for message in messages
+        if message.get("executable") and message["target"]["name"] == name
+    ]
+    if _interpreter_needed(built):
+        raise BuildError(
+            f"{name} came out dynamically linked",
+            f"build with a toolchain whose target can be static (this one: {host})",
+        )
     return built
 
 

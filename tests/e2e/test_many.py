@@ -47,7 +47,7 @@ asyncio.run(main())
 
 
 def test_three_hundred_at_once_answer_and_leave_nothing(node: PrivateNode) -> None:
-    with node.unchanged(seconds=60):
+    with node.unchanged(seconds=60, connections=True):
         done = subprocess.run(
             [sys.executable, "-c", CROWD, "300"],
             env=node.env,

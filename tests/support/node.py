@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -64,18 +65,29 @@ class Census:
     loops: list[str]
     files: list[str]
     descriptors: dict[str, int]
-    """Open descriptors of the daemons, by process name."""
+    """Open descriptors of the daemons, by process and target; connections are counted apart."""
+    connections: int
+    """Connected unix sockets of the daemons. Clients keep some for their next request."""
 
     def differs_from(self, other: Census) -> dict[str, tuple[Any, Any]]:
         """What changed between `other` and this, by field."""
         changed: dict[str, tuple[Any, Any]] = {}
         for name in self.__dataclass_fields__:
             before, after = getattr(other, name), getattr(self, name)
-            if before != after:
+            if name == "connections":
+                if after > before:
+                    changed[name] = (before, after)
+            elif before != after:
                 if isinstance(before, list):
                     changed[name] = (
                         [item for item in before if item not in after],
                         [item for item in after if item not in before],
+                    )
+                elif isinstance(before, dict):
+                    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+                    changed[name] = (
+                        {key: before.get(key, 0) for key in keys},
+                        {key: after.get(key, 0) for key in keys},
                     )
                 else:
                     changed[name] = (before, after)
@@ -331,9 +343,19 @@ class PrivateNode:
             if not path.name.endswith(volatile)
         ]
         held: Counter[str] = Counter()
+        connections = 0
+        connected = _connected([os.getpid(), *self.daemons()])
         for pid in self.daemons():
-            with contextlib.suppress(OSError):
-                held[_text(f"/proc/{pid}/comm").strip()] += len(os.listdir(f"/proc/{pid}/fd"))
+            name = _text(f"/proc/{pid}/comm").strip()
+            for entry in _listed(Path(f"/proc/{pid}/fd")):
+                with contextlib.suppress(OSError):
+                    target = os.readlink(entry)
+                    if target in connected:
+                        connections += 1
+                    elif "/state.db" in target:
+                        held[f"{name}: state"] = 1  # SQLite keeps one aside now and then
+                    else:
+                        held[f"{name}: {re.sub(r'[0-9]+', 'N', target)}"] += 1
         return Census(
             processes=dict(names),
             mounts=dict(kinds),
@@ -342,27 +364,39 @@ class PrivateNode:
             loops=sorted(loops),
             files=sorted([*files, *self.pool_entries()]),
             descriptors=dict(held),
+            connections=connections,
         )
 
-    def settled(self, before: Census, seconds: float = 20.0) -> dict[str, tuple[Any, Any]]:
-        """Wait until the census is what it was; returns what still differs."""
-        end = time.monotonic() + seconds
-        while (changed := self.census().differs_from(before)) and time.monotonic() < end:
-            time.sleep(0.25)
-        return changed
-
     @contextlib.contextmanager
-    def unchanged(self, seconds: float = 20.0) -> Iterator[None]:
-        """Nothing that the block did is left on the host."""
+    def unchanged(self, seconds: float = 20.0, *, connections: bool = False) -> Iterator[None]:
+        """Nothing that the block did is left on the host.
+
+        Args:
+            seconds: How long it may take until that is so.
+            connections: Count those too: no client is left that would keep one.
+        """
         before = self.census()
         yield
-        changed = self.settled(before, seconds)
+        end = time.monotonic() + seconds
+        while changed := self.census().differs_from(before):
+            if not connections:
+                changed.pop("connections", None)
+            if not changed or time.monotonic() > end:
+                break
+            time.sleep(0.25)
         assert not changed, f"left behind: {changed}"
 
 
 def _in_sandbox(pid: int) -> bool:
     lines = _text(f"/proc/{pid}/uid_map").splitlines()
     return not lines or int(lines[0].split()[1]) >= 1 << 20
+
+
+def _connected(pids: list[int]) -> set[str]:
+    """The connected unix stream sockets in these processes' network namespaces, by their inodes."""
+    texts = {_text(f"/proc/{pid}/net/unix") for pid in pids}
+    lines = [line.split() for text in texts for line in text.splitlines()[1:]]
+    return {f"socket:[{words[6]}]" for words in lines if words[4:6] == ["0001", "03"]}
 
 
 def _hierarchies() -> list[Path]:

@@ -79,8 +79,7 @@ impl Output {
                 Err(Error { errno: libc::EAGAIN, .. }) => return self.end(),
                 // 0 is a pipe without writers, EIO a terminal that nobody has open.
                 _ => {
-                    self.fd = None;
-                    self.eof = true;
+                    self.end();
                     return None;
                 }
             }
@@ -95,14 +94,17 @@ impl Output {
         }
     }
 
+    /// No byte will follow; returns the pipe if others still hold it.
     fn end(&mut self) -> Option<OwnedFd> {
         self.eof = true;
+        self.ring.compact();
         self.fd.take().filter(|fd| !sys::hung_up(fd))
     }
 }
 
 /// A command that runs or ran.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, no state machine")]
 pub struct Exec {
     /// Chosen by the client.
     pub id: Vec<u8>,
@@ -115,6 +117,8 @@ pub struct Exec {
     argv: Vec<Vec<u8>>,
     mark: Option<u64>,
     started_ns: u64,
+    /// When to look whether it has started.
+    pub announce_at: Option<u64>,
     /// When it is to be killed.
     pub deadline_ns: Option<u64>,
     /// When to look again for what a kill of the tree missed, and how often still.
@@ -186,6 +190,7 @@ impl Exec {
             argv,
             mark: birth.mark,
             started_ns: birth.started_ns,
+            announce_at: None,
             deadline_ns: birth.deadline_ns,
             kill_again: None,
             timed_out: false,

@@ -4,14 +4,20 @@
 //! door on the unix socket it was handed: commands, files, signals. It also reaps what nobody else waits for. See
 //! [`agent`] for the poll loop, [`spawn`] for the way of a command, [`files`] for paths.
 
+// Without std's own main, which asks the system for things that PID 1 never needs: 12 KiB and a tenth of a millisecond.
+#![cfg_attr(not(test), no_main)]
+
 mod agent;
+mod commands;
 mod conn;
 mod exec;
 mod files;
 mod jobs;
+mod requests;
 mod ring;
 mod slab;
 mod spawn;
+mod streams;
 mod sys;
 mod terminal;
 mod tree;
@@ -93,6 +99,8 @@ fn serve(arguments: Arguments) -> Result<Error, Error> {
     // SAFETY: no pointer; only flags of descriptors change. What was not named on the command line goes no further.
     unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
     sys::configure_malloc();
+    // Whatever is opened from here on must not become somebody's stdin.
+    sys::fill_standard_fds()?;
     // SAFETY: no pointer, cannot fail.
     let own = unsafe {
         libc::umask(0o022);
@@ -124,14 +132,16 @@ const CAP_CHOWN: u32 = 0;
 const CAP_SETGID: u32 = 6;
 const CAP_SETUID: u32 = 7;
 
-fn main() {
+/// The program, called by libc. The arguments come by way of `std::env`, which reads them before this.
+#[cfg_attr(not(test), unsafe(no_mangle))]
+pub extern "C" fn main() -> libc::c_int {
     let Some(arguments) = parse(std::env::args_os().skip(1)) else {
         complain(USAGE);
-        std::process::exit(2);
+        return 2;
     };
     let (Ok(error) | Err(error)) = serve(arguments);
     complain(&format!("shoal-agent: {}: errno {}", error.call, error.errno));
-    std::process::exit(1);
+    1
 }
 
 /// Says something on stderr, which in a sandbox is /dev/null.

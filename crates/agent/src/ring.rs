@@ -179,6 +179,20 @@ impl Ring {
         self.length -= count;
         self.head = if self.length == 0 { 0 } else { (self.head + count) % capacity };
     }
+    /// Takes no more memory than what is held needs, for a stream that has ended: hundreds of them may be kept.
+    pub fn compact(&mut self) {
+        self.shrink();
+        if self.length == self.capacity() || self.length >= MAPPED_FROM {
+            return;
+        }
+        let Some(mut store) = Store::new(self.length) else { return };
+        let (first, second) = self.held();
+        let (to_first, to_second) = store.bytes_mut().split_at_mut(first.len());
+        to_first.copy_from_slice(first);
+        to_second.copy_from_slice(second);
+        self.store = Some(store);
+        self.head = 0;
+    }
     /// Gives the memory back when nothing is held.
     pub fn shrink(&mut self) {
         if self.length == 0 {
@@ -222,6 +236,22 @@ mod tests {
             assert_eq!(ring.end(), written as u64);
         }
         ring.shrink();
+        assert_eq!(ring.capacity(), 0);
+    }
+
+    #[test]
+    fn a_compacted_ring_holds_the_same_bytes_and_no_more() {
+        let mut ring = Ring::default();
+        fill(&mut ring, &[1; 4000]);
+        ring.consume(3990);
+        fill(&mut ring, &[2; 100]);
+        ring.compact();
+        assert_eq!((ring.capacity(), ring.start(), ring.end()), (110, 3990, 4100));
+        let mut out = Vec::new();
+        ring.copy_out(3995, 200, &mut out);
+        assert_eq!(out, [[1; 5].as_slice(), &[2; 100]].concat());
+        ring.consume(4100);
+        ring.compact();
         assert_eq!(ring.capacity(), 0);
     }
 

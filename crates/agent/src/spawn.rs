@@ -52,15 +52,15 @@ pub struct Context {
 /// A list of strings as execve(2) takes it.
 #[derive(Debug)]
 struct Strings {
-    /// Keeps alive what `pointers` points to.
-    _owned: Vec<CString>,
+    #[cfg_attr(not(test), expect(dead_code, reason = "keeps alive what `pointers` points to"))]
+    owned: Vec<CString>,
     pointers: Vec<*const c_char>,
 }
 
 impl Strings {
     fn new(owned: Vec<CString>) -> Self {
         let pointers = owned.iter().map(|text| text.as_ptr()).chain([std::ptr::null()]).collect();
-        Self { _owned: owned, pointers }
+        Self { owned, pointers }
     }
 }
 
@@ -311,7 +311,7 @@ mod tests {
         let identity =
             Identity { home: b"/h".to_vec(), name: b"n".to_vec(), shell: b"/s".to_vec(), ..Identity::default() };
         let command = Command::new(&[b"true".to_vec()], &[b"HOME=/x".to_vec()], b"", identity, None).unwrap();
-        let env: Vec<_> = command.env._owned.iter().map(|entry| entry.to_str().unwrap()).collect();
+        let env: Vec<_> = command.env.owned.iter().map(|entry| entry.to_str().unwrap()).collect();
         assert_eq!(env[0], "HOME=/x");
         assert!(env.contains(&"USER=n") && env.contains(&"LOGNAME=n") && env.contains(&"SHELL=/s"));
         assert!(env.iter().any(|entry| entry.starts_with("PATH=/usr/local/sbin:")));

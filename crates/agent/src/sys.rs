@@ -77,6 +77,18 @@ pub fn pipe() -> Result<(OwnedFd, OwnedFd)> {
     Ok(unsafe { (OwnedFd::from_raw_fd(read), OwnedFd::from_raw_fd(write)) })
 }
 
+/// Puts /dev/null where stdin, stdout or stderr is closed.
+pub fn fill_standard_fds() -> Result<()> {
+    for fd in 0..=2 {
+        // SAFETY: no pointer.
+        if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+            // The lowest free number is this one, since all below it are open. It stays open for good.
+            std::mem::forget(openat2(None, c"/dev/null", libc::O_RDWR, 0, 0)?);
+        }
+    }
+    Ok(())
+}
+
 /// Makes calls on this open file return `EAGAIN` instead of waiting.
 pub fn set_nonblocking(fd: &impl AsRawFd) -> Result<()> {
     // SAFETY: fcntl with F_SETFL takes an int.

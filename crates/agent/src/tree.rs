@@ -2,7 +2,7 @@
 //!
 //! A process belongs to a command's tree when
 //! - it carries the command's *mark*: a value of `RLIMIT_RTTIME` that the child gave itself before exec. Resource
-//!   limits pass on through fork and exec, nobody without CAP_SYS_RESOURCE can raise one again, this one has no effect
+//!   limits pass on through fork and exec, nobody without `CAP_SYS_RESOURCE` can raise one again, this one has no effect
 //!   on processes that are not real-time (and none in a sandbox is), and /proc/PID/limits shows it to everyone;
 //! - or its session or process group is the command's, while the command lives;
 //! - or its parent belongs to the tree.

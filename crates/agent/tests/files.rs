@@ -1,5 +1,7 @@
 //! Files: what is read, written, listed, removed, packed, and what is refused.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "tests")]
+
 mod common;
 
 use common::{Agent, Channel, Client, Mode, exec, is_root, noise};
@@ -45,7 +47,9 @@ fn a_file_comes_back_as_it_was_written() {
         assert!(read_all(&mut client, &path) == bytes, "{length} bytes differ");
     }
     let bytes = noise(30 << 20, 9);
-    for (offset, length) in [(0, 10), (1_000_000, 2_000_000), (bytes.len() as u64 - 5, 100), (bytes.len() as u64, 1), (1 << 40, 1)] {
+    for (offset, length) in
+        [(0, 10), (1_000_000, 2_000_000), (bytes.len() as u64 - 5, 100), (bytes.len() as u64, 1), (1 << 40, 1)]
+    {
         let id = read(&mut client, &path, offset, length);
         let channel = client.until(id, |channel| channel.eof[0]);
         assert_eq!(info(channel).size, bytes.len() as u64);
@@ -366,8 +370,7 @@ fn what_is_made_belongs_to_whom_it_should() {
         (stat.uid(), stat.gid())
     };
     let mut put = |name: &str, user: &str| {
-        let request =
-            FileWrite { path: agent.scratch.path(name), mode: 0o600, user: user.into(), parents: true };
+        let request = FileWrite { path: agent.scratch.path(name), mode: 0o600, user: user.into(), parents: true };
         let id = client.request(Kind::FileWrite, &request.encode());
         let channel = client.upload(id, b"x", 10);
         assert!(channel.ok.is_some(), "{:?}", channel.end);

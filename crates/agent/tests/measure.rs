@@ -1,6 +1,9 @@
 //! Prints what the agent costs. Run with
 //! `cargo test --release -p shoal-agent --test measure -- --ignored --nocapture --test-threads=1`.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "tests")]
+#![allow(clippy::cast_precision_loss, reason = "numbers for people")]
+
 mod common;
 
 use common::{Agent, Channel, exec, sh};
@@ -12,14 +15,7 @@ use std::time::{Duration, Instant};
 fn print(what: &str, mut times: Vec<Duration>) {
     times.sort_unstable();
     let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize].as_micros();
-    println!(
-        "{what}: n={} p50={} us p95={} us p99={} us max={} us",
-        times.len(),
-        at(0.5),
-        at(0.95),
-        at(0.99),
-        at(1.0)
-    );
+    println!("{what}: n={} p50={} us p95={} us p99={} us max={} us", times.len(), at(0.5), at(0.95), at(0.99), at(1.0));
 }
 
 #[test]
@@ -83,7 +79,8 @@ fn round_trips() {
     let times = (0..1000)
         .map(|_| {
             let begin = Instant::now();
-            let id = client.request(Kind::FileRead, &FileRead { path: path.clone(), offset: 0, length: u64::MAX }.encode());
+            let id =
+                client.request(Kind::FileRead, &FileRead { path: path.clone(), offset: 0, length: u64::MAX }.encode());
             client.until(id, |channel| channel.eof[0]);
             begin.elapsed()
         })

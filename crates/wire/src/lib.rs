@@ -45,6 +45,8 @@ pub enum Kind {
     Ready = 0x01,
     /// Starts a command: [`ExecStart`]. Answered by [`Kind::Started`] or [`Kind::Exited`] with
     /// outcome `not_started`. A known exec id is attached to, never run again.
+    ///
+    /// One channel at a time has an exec's output: the newest. The one before ends with `ESTALE`.
     ExecStart = 0x10,
     /// Reads on in the output of a known exec: [`ExecAttach`]. Answered as [`Kind::ExecStart`].
     ExecAttach = 0x11,
@@ -54,15 +56,17 @@ pub enum Kind {
     Exited = 0x13,
     /// Opens a channel that carries stdin: [`ExecInput`]; then [`Kind::Data`] frames. The last one
     /// has [`EOF`] (close stdin) or [`DETACH`] (leave it open); answered by [`Kind::Ok`] when all
-    /// bytes are in the pipe, or [`Kind::Error`] (`EPIPE` when the process closed it).
+    /// bytes are in the pipe, or [`Kind::Error`] (`EPIPE` when the process closed it, `EINVAL` when bytes before
+    /// the offset are missing). Windows count this channel's own bytes from 0. Channels of one exec take turns.
     ExecInput = 0x14,
-    /// Sends a signal: [`ExecSignal`]. Answered by Ok or Error.
+    /// Sends a signal: [`ExecSignal`]. Answered by Ok or Error (`ENOENT`: unknown exec; `ESRCH`: nobody is left
+    /// to get it). With `tree` it also reaches what a finished exec left behind.
     ExecSignal = 0x15,
     /// Sets the terminal's size: [`ExecResize`]. Answered by Ok or Error.
     ExecResize = 0x16,
     /// Asks for the execs the agent knows. Answered by Ok with [`ExecList`].
     ExecList = 0x17,
-    /// Forgets a finished exec: a string, the exec id. Answered by Ok or Error.
+    /// Forgets a finished exec: a string, the exec id. Answered by Ok or Error (`EBUSY` while it runs).
     ExecForget = 0x18,
     /// Reads a file: [`FileRead`]. Answered by Ok with [`FileInfo`], then Data up to [`EOF`], or Error.
     FileRead = 0x20,
@@ -73,16 +77,19 @@ pub enum Kind {
     FileStat = 0x22,
     /// Lists a directory: [`FileList`]. Answered by Ok with a list of [`FileInfo`], or Error.
     FileList = 0x23,
-    /// Makes a directory: [`PathRequest`]; flag bit 0 makes parents and accepts an existing one.
+    /// Makes a directory: [`PathRequest`]; flag bit 0 makes parents and accepts an existing one. Answered by Ok
+    /// with [`FileInfo`], or Error.
     FileMakeDir = 0x24,
     /// Removes a path: [`PathRequest`]; flag bit 0 removes a directory with all in it.
     FileRemove = 0x25,
     /// Renames within the sandbox: [`FileRename`].
     FileRename = 0x26,
-    /// Packs a file or tree as tar: [`PathRequest`]. Answered by Ok (empty), then Data up to [`EOF`]; a fault on
+    /// Packs a file or tree as tar: [`PathRequest`]. A directory's entries come without its own name, a file under its
+    /// name. Answered by Ok (empty), then Data up to [`EOF`]; a fault on
     /// the way ends it with Error.
     FilePack = 0x27,
-    /// Unpacks a tar stream under a directory: [`FileUnpack`], then Data up to [`EOF`]. Answered by Ok or Error.
+    /// Unpacks a tar stream under a directory: [`FileUnpack`], then Data up to [`EOF`]. Answered by Ok or Error;
+    /// what was unpacked before a fault stays.
     FileUnpack = 0x28,
     /// Bytes of a stream; see [`EOF`], [`STDERR`], [`DETACH`].
     Data = 0x30,

@@ -160,10 +160,10 @@ class FakeNode:
         await self._stopping.wait()
         for sandbox in self.sandboxes.values():
             self._end(sandbox, Reason.HOST_SHUTDOWN)
+        await runner.cleanup()
         for running in self._started:
             _kill(running, 9)
             await asyncio.gather(*running.tasks)
-        await runner.cleanup()
         self.socket.unlink(missing_ok=True)
 
     @web.middleware
