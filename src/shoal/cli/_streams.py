@@ -169,7 +169,15 @@ async def join_terminal(process: AsyncProcess) -> ExecExit:
             loop.remove_signal_handler(signal.SIGWINCH)
 
 
-def exit_code(end: ExecExit) -> tuple[int, str]:
+_START_HINTS = {
+    None: "is it in the image, and on its PATH?",
+    "exec": "is it in the image, and on its PATH?",
+    "cwd": "the working directory must be a directory in the sandbox",
+    "user": "users are those of the image's own /etc/passwd, or numbers",
+}
+
+
+def exit_code(end: ExecExit, program: str) -> tuple[int, str]:
     """Our exit code for a command's end, and what to say about it (mostly nothing).
 
     The command's own; 127 and 126 as a shell's for one that does not start; 124 as timeout(1)'s; 128+n for
@@ -181,15 +189,16 @@ def exit_code(end: ExecExit) -> tuple[int, str]:
         case Outcome.NOT_STARTED:
             why = os.strerror(end.errno) if end.errno else "refused"
             missing = end.errno == 2 and end.stage in (None, "exec")
-            return (
-                127 if missing else 126
-            ), f"the command did not start: {why} (at {end.stage or 'exec'})"
+            remark = f"{program} did not start: {why} (at {end.stage or 'exec'})"
+            if hint := _START_HINTS.get(end.stage):
+                remark += f"\nhint: {hint}"
+            return 127 if missing else 126, remark
         case Outcome.TIMED_OUT:
-            return 124, "the command was killed: its time was up"
+            return 124, f"{program} was killed: its time was up"
         case Outcome.OOM_KILLED:
             return (
                 137,
-                "the command was killed: it went over the sandbox's memory limit (see --memory)",
+                f"{program} was killed: it went over the sandbox's memory limit\nhint: see --memory",
             )
         case _:
             return 128 + (end.signal or 9), ""

@@ -60,7 +60,8 @@ def command(
                 _streams.join_terminal(process)
                 if tty
                 else _streams.join(process, stdin=interactive)
-            )
+            ),
+            argv[0],
         )
 
     raise SystemExit(drive(main()))

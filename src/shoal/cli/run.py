@@ -88,7 +88,7 @@ async def _run(
                 errno=result.errno,
                 stage=result.stage,
             )
-            return _streams.exit_code(end)[0]
+            return _streams.exit_code(end, argv[0])[0]
         pty: bool | PtySize = _streams.terminal_size() if tty else False
         process = await sandbox.exec(
             argv, stdin=forward, pty=pty, env=_terminal(tty), timeout=timeout
@@ -96,14 +96,14 @@ async def _run(
         end = await (
             _streams.join_terminal(process) if tty else _streams.join(process, stdin=forward)
         )
-    return conclude(end)
+    return conclude(end, argv[0])
 
 
-def conclude(end: ExecExit) -> int:
+def conclude(end: ExecExit, program: str) -> int:
     """The exit code for a command's end, after saying what there is to say."""
-    code, remark = _streams.exit_code(end)
+    code, remark = _streams.exit_code(end, program)
     if remark:
-        say(f"shoal: {remark}")
+        say(f"error: {remark}")
     return code
 
 

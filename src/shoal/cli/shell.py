@@ -50,7 +50,7 @@ def command(
             user=user,
             cwd=workdir,
         )
-        return conclude(await _streams.join_terminal(process))
+        return conclude(await _streams.join_terminal(process), "the shell")
 
     async def main() -> int:
         if sandbox is not None:

@@ -76,8 +76,8 @@ def test_run_does_not_wait_for_stdin_that_nobody_reads(node: FakeNode) -> None:
 @pytest.mark.parametrize(
     ("argv", "code", "said"),
     [
-        (["no-such-program"], 127, b"did not start: No such file"),
-        (["/etc/passwd"], 126, b"did not start: Permission denied"),
+        (["no-such-program"], 127, b"error: no-such-program did not start: No such file"),
+        (["/etc/passwd"], 126, b"error: /etc/passwd did not start: Permission denied"),
         (["sh", "-c", "kill -9 $$"], 137, b""),
         (["sh", "-c", "kill -15 $$"], 143, b""),
     ],
@@ -343,7 +343,7 @@ def test_shell_passes_keys_on_and_gives_the_terminal_back(node: FakeNode) -> Non
 
 def test_exit_codes_follow_the_shells() -> None:
     def code(outcome: Outcome, **more: object) -> int:
-        return exit_code(ExecExit(outcome=outcome, **more))[0]  # type: ignore[arg-type]
+        return exit_code(ExecExit(outcome=outcome, **more), "x")[0]  # type: ignore[arg-type]
 
     assert code(Outcome.EXITED, exit_code=0) == 0
     assert code(Outcome.OOM_KILLED, signal=9) == 137
