@@ -72,7 +72,8 @@ class Settings(BaseSettings):
     max_ended: int = Field(default=100_000, ge=0)
     """Ended sandboxes that are remembered at the most, whatever `keep_ended` says."""
     idle_exit: float = Field(default=0.0, ge=0)
-    """Seconds without a sandbox and without a request after which the node leaves; 0: it stays."""
+    """Seconds without a sandbox and without a request after which the node leaves; 0: it stays, and one that was
+    started in the background leaves after a minute."""
 
     max_image_mib: int = Field(default=65_536, ge=1)
     """Size in MiB at which the upload of an image is refused."""

@@ -159,7 +159,7 @@ def _spawn(data_dir: Path, run_dir: Path, told: int, log: int) -> None:
         "shoal",
         "serve",
         "--idle-exit",
-        str(IDLE_EXIT),
+        f"{settings().idle_exit or IDLE_EXIT:g}",
         "--ready-fd",
         str(told),
     ]

@@ -338,4 +338,6 @@ async def _refusal(response: aiohttp.ClientResponse) -> ShoalError:
 
 def quote(part: str) -> str:
     """One path segment of a URL."""
+    if not part:
+        raise InvalidArgumentError("an id or name is empty", hint="`shoal ps` lists sandboxes")
     return urllib.parse.quote(part, safe="")

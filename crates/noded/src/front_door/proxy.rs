@@ -21,6 +21,9 @@ use tokio::time::{Instant, sleep_until, timeout};
 /// Idle connections kept.
 const POOL: usize = 32;
 
+/// How long one is kept; a burst's connections are not held for ever.
+const IDLE: Duration = Duration::from_secs(5);
+
 /// The listener is always there; an accept queue that stays full for so long is a server that hangs.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -34,7 +37,14 @@ const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection")
 /// Connections to the Python server.
 pub struct Proxy {
     socket: PathBuf,
-    idle: Mutex<Vec<SendRequest<Watched>>>,
+    idle: Mutex<Pool>,
+}
+
+/// Connections that nobody uses, each with the time since when; the last one is used next.
+#[derive(Default)]
+struct Pool {
+    connections: Vec<(Instant, SendRequest<Watched>)>,
+    sweeping: bool,
 }
 
 /// A request's body, with the time at which it was last moved.
@@ -64,7 +74,7 @@ impl HttpBody for Watched {
 impl Proxy {
     /// Connects to `socket` when there is something to pass on.
     pub fn new(socket: PathBuf) -> Self {
-        Self { socket, idle: Mutex::new(Vec::new()) }
+        Self { socket, idle: Mutex::new(Pool::default()) }
     }
 
     /// Passes a request on and its answer back.
@@ -107,9 +117,9 @@ impl Proxy {
     /// A connection that is ready, and whether it has been used before.
     async fn sender(&self) -> Result<(SendRequest<Watched>, bool), Problem> {
         loop {
-            let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).connections.pop();
             match idle {
-                Some(sender) if sender.is_ready() => return Ok((sender, true)),
+                Some((_, sender)) if sender.is_ready() => return Ok((sender, true)),
                 Some(_) => {}
                 None => break,
             }
@@ -144,13 +154,30 @@ impl Proxy {
     fn keep(self: &Arc<Self>, mut sender: SendRequest<Watched>) {
         let proxy = Arc::clone(self);
         tokio::spawn(async move {
-            if sender.ready().await.is_ok() {
-                let mut idle = proxy.idle.lock().unwrap_or_else(PoisonError::into_inner);
-                if idle.len() < POOL {
-                    idle.push(sender);
+            if sender.ready().await.is_err() {
+                return;
+            }
+            let mut idle = proxy.idle.lock().unwrap_or_else(PoisonError::into_inner);
+            if idle.connections.len() < POOL {
+                idle.connections.push((Instant::now(), sender));
+                if !std::mem::replace(&mut idle.sweeping, true) {
+                    tokio::spawn(Self::sweep(Arc::clone(&proxy)));
                 }
             }
         });
+    }
+
+    /// Closes what has been idle for long, until nothing is.
+    async fn sweep(proxy: Arc<Self>) {
+        loop {
+            tokio::time::sleep(IDLE).await;
+            let mut idle = proxy.idle.lock().unwrap_or_else(PoisonError::into_inner);
+            idle.connections.retain(|(since, _)| since.elapsed() < IDLE);
+            if idle.connections.is_empty() {
+                idle.sweeping = false;
+                return;
+            }
+        }
     }
 }
 
