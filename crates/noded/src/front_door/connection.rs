@@ -175,7 +175,7 @@ async fn read(link: &Link, mut reader: ReadHalf<'_>) -> Break {
     let mut turn: u32 = 0;
     loop {
         turn = turn.wrapping_add(1);
-        if turn % READS_A_TURN == 0 {
+        if turn.is_multiple_of(READS_A_TURN) {
             tokio::task::yield_now().await;
         }
         let missing = match parse(link, &mut buffer) {

@@ -173,12 +173,13 @@ async fn attach(door: &Arc<Door>, request: Attach) -> Result<Value, Refusal> {
     let started = Instant::now();
     let (token, defaults) = (Arc::new(Token::new(token)), Arc::new(process));
     // A server that was started anew attaches what is attached: the connection and its streams stay.
-    if let Some(attached) = door.registry.get(&sandbox) {
-        if attached.socket == socket && !attached.link.is_ended() {
-            let generation = attached.generation;
-            door.registry.insert(sandbox, Attached { token, defaults, ..attached });
-            return Ok(json!({"generation": generation, "version": shoal_wire::VERSION, "ready_us": 0}));
-        }
+    if let Some(attached) = door.registry.get(&sandbox)
+        && attached.socket == socket
+        && !attached.link.is_ended()
+    {
+        let generation = attached.generation;
+        door.registry.insert(sandbox, Attached { token, defaults, ..attached });
+        return Ok(json!({"generation": generation, "version": shoal_wire::VERSION, "ready_us": 0}));
     }
     let deadline = started + Duration::from_millis(deadline_ms.min(MAX_DEADLINE_MS));
     let (stream, ready) = connection::connect(&socket, deadline).await.map_err(|error| {

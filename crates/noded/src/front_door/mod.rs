@@ -60,7 +60,7 @@ pub struct Config {
 impl Config {
     /// The usual limits.
     pub fn new(public: Vec<OwnedFd>, control: OwnedFd, server_socket: PathBuf) -> Self {
-        Self { public, control, server_socket, max_connections: 16_384, header_timeout: Duration::from_secs(60) }
+        Self { public, control, server_socket, max_connections: 16_384, header_timeout: Duration::from_mins(1) }
     }
 }
 

@@ -29,7 +29,7 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// How long the server may think after the last byte of a request's body. An image that was
 /// uploaded is unpacked in this time.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(900);
+const ANSWER_DEADLINE: Duration = Duration::from_mins(15);
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 pub const MAX_JSON: usize = 8 << 20;
 
 /// How long a JSON body may take to arrive.
-const BODY_DEADLINE: Duration = Duration::from_secs(60);
+const BODY_DEADLINE: Duration = Duration::from_mins(1);
 
 /// Decodes `%XX`; `plus` also turns `+` into a space, as queries have it.
 pub fn percent_decode(text: &str, plus: bool) -> Result<Vec<u8>, Problem> {

@@ -21,11 +21,11 @@ fn agent_binary() -> &'static Path {
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--package", "shoal-agent"]).current_dir(env!("CARGO_MANIFEST_DIR"));
         let mut target = profile.parent().unwrap();
-        if let Some(triple) = target.file_name().filter(|name| name.to_string_lossy().matches('-').count() >= 2) {
-            if target.parent().unwrap().join("CACHEDIR.TAG").exists() {
-                build.arg("--target").arg(triple);
-                target = target.parent().unwrap();
-            }
+        if let Some(triple) = target.file_name().filter(|name| name.to_string_lossy().matches('-').count() >= 2)
+            && target.parent().unwrap().join("CACHEDIR.TAG").exists()
+        {
+            build.arg("--target").arg(triple);
+            target = target.parent().unwrap();
         }
         if profile.ends_with("release") {
             build.arg("--release");

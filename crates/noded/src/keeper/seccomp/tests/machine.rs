@@ -27,7 +27,7 @@ pub fn run(program: &[sock_filter], arch: u32, number: u32, arguments: [u64; 6])
         steps += 1;
         let code = u32::from(insn.code);
         if code == BPF_LD | BPF_W | BPF_ABS {
-            assert!(insn.k % 4 == 0 && insn.k < 64, "load at {}", insn.k);
+            assert!(insn.k.is_multiple_of(4) && insn.k < 64, "load at {}", insn.k);
             accumulator = data[insn.k as usize / 4];
             read_arguments |= insn.k >= 8;
         } else if code == BPF_ALU | BPF_AND | BPF_K {
