@@ -32,6 +32,17 @@ def test_each_promised_property_has_a_test_that_names_it() -> None:
     assert set(PROMISED) - _tested() == set()
 
 
+def test_each_promise_is_held_by_something_that_is_there() -> None:
+    page = (ROOT / "SPECIFICATION.md").read_text()
+    cells = re.findall(r"^\|.*\| (`(?:src|tests|bench|examples)/.*) \|$", page, re.MULTILINE)
+    held = [one for cell in cells for one in re.findall(r"`([^`]+)`", cell)]
+    assert len(held) > 10
+    for path, _, name in (one.partition("::") for one in held):
+        assert (ROOT / path).exists(), path
+        if name:
+            assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
+
+
 def test_ci_runs_the_command_that_readme_gives() -> None:
     blocks = re.findall(
         r"^```\n(\./tools/setup.*)\n```$", (ROOT / "README.md").read_text(), re.MULTILINE

@@ -232,15 +232,17 @@ impl Epoll {
 ///
 /// A child then has to unblock and nothing else.
 pub fn take_signals() -> Result<OwnedFd> {
-    // SAFETY: zeroed sigset_t and sigaction are valid values of these plain structs (SIG_DFL is 0), the pointers
-    // outlive the calls, and no handler is installed. Refusals for SIGKILL, SIGSTOP and libc's own are of no interest.
+    // SAFETY: a zeroed sigset_t is a valid value, the pointers outlive the calls, and no handler is installed. Refusals
+    // for SIGKILL and SIGSTOP are of no interest.
     unsafe {
         let mut all: libc::sigset_t = mem::zeroed();
         libc::sigfillset(&raw mut all);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut());
-        let default: libc::sigaction = mem::zeroed();
-        for signal in 1..=libc::SIGRTMAX() {
-            libc::sigaction(signal, &raw const default, std::ptr::null_mut());
+        // To the kernel itself: glibc refuses to touch signals 32 and 33, which we may have inherited ignored. All
+        // zero is the kernel's own structure with SIG_DFL and an empty mask.
+        let default = [0_u64; 4];
+        for signal in 1..=64 {
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null_mut::<u64>(), 8);
         }
         let mut child: libc::sigset_t = mem::zeroed();
         libc::sigemptyset(&raw mut child);

@@ -8,7 +8,7 @@
 //! - or its parent belongs to the tree.
 //!
 //! What can still get away: a process that lowers its own `RLIMIT_RTTIME` on purpose, calls setsid(2) and lets its
-//! parent die. It only hides from a signal to this tree; the end of the sandbox is a kill of its cgroup and finds it.
+//! parent die. It only hides from a signal to this tree; with the sandbox ends its PID namespace, and that finds it.
 
 use std::collections::BTreeSet;
 

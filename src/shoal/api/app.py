@@ -19,11 +19,11 @@ from shoal.api.bodies import read_body, read_count, read_flag, read_query
 from shoal.api.problems import Activity, activity_middleware, json_response, problem_middleware
 from shoal.api.spool import spooled
 from shoal.errors import ConflictError, InvalidArgumentError, NodeUnavailableError
+from shoal.images import FORMATS
 from shoal.node.engine import Engine
 
 MAX_BODY = 8 * 1024 * 1024
 _MOST_LISTED = 10_000
-_FORMATS = ("auto", "oci", "docker", "rootfs")
 
 
 class ImageShelf(Protocol):
@@ -151,9 +151,8 @@ async def connect_sandbox(request: web.Request) -> web.Response:
 async def unreachable(request: web.Request) -> web.Response:
     """Any data-plane path: the front door does not serve this sandbox; say why."""
     sandbox = request.match_info["id"]
-    request.app[_NODE].engine.access(
-        sandbox
-    )  # raises for one that never was, has ended or is not up yet
+    # Raises for one that never was, has ended or is not up yet.
+    request.app[_NODE].engine.access(sandbox)
     raise NodeUnavailableError(
         f"the connection to sandbox {sandbox} is being made again", hint="retry in a moment"
     )
@@ -178,9 +177,9 @@ async def import_image(request: web.Request) -> web.Response:
     if not query.get("name"):
         raise InvalidArgumentError("name is missing", hint="?name=base, or team/app:v1")
     form = query.get("format", "auto")
-    if form not in _FORMATS:
+    if form not in FORMATS:
         raise InvalidArgumentError(
-            f"format cannot be {form[:100]!r}", hint=f"one of: {', '.join(_FORMATS)}"
+            f"format cannot be {form[:100]!r}", hint=f"one of: {', '.join(FORMATS)}"
         )
     async with spooled(request, node.images.spool_dir, max_bytes=node.max_image_bytes) as path:
         image = await node.images.import_archive(

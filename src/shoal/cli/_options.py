@@ -145,7 +145,7 @@ def timeout_option(help: str, default: float | None = 300.0) -> Callable[[F], F]
         "--timeout",
         type=click.FloatRange(min=0, min_open=True),
         default=default,
-        show_default=default is not None,
+        show_default=f"{default:g}" if default is not None else False,
         metavar="SECONDS",
         help=help,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import queue
 import shutil
@@ -38,12 +39,13 @@ class _Writer:
         while True:
             data, done = self._work.get()
             error: OSError | None = None
+            name = {1: "stdout", 2: "stderr"}.get(self._fd)
             try:
                 rest = memoryview(data)
                 while rest:
                     rest = rest[os.write(self._fd, rest) :]
             except OSError as caught:
-                error = caught
+                error = OSError(caught.errno, caught.strerror, name)
             with contextlib.suppress(RuntimeError):  # the loop has closed
                 self._loop.call_soon_threadsafe(_settle, done, error)
 
@@ -57,7 +59,7 @@ def _settle(done: asyncio.Future[None], error: OSError | None) -> None:
         done.set_exception(error)
 
 
-async def _read_fd(fd: int) -> AsyncIterator[bytes]:
+async def read_fd(fd: int) -> AsyncIterator[bytes]:
     """What comes on a descriptor, up to its end; read in a thread that our exit does not wait for."""
     loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[bytes] = asyncio.Queue()
@@ -98,7 +100,7 @@ async def join(process: AsyncProcess, *, stdin: bool) -> ExecExit:
 
     async def feed() -> None:
         with contextlib.suppress(ShoalError):  # it does not read any more
-            async for data in _read_fd(0):
+            async for data in read_fd(0):
                 await process.stdin.write(data)
             await process.stdin.close()
 
@@ -190,7 +192,10 @@ def exit_code(end: ExecExit, program: str) -> tuple[int, str]:
             why = os.strerror(end.errno) if end.errno else "refused"
             missing = end.errno == 2 and end.stage in (None, "exec")
             remark = f"{program} did not start: {why} (at {end.stage or 'exec'})"
-            if hint := _START_HINTS.get(end.stage):
+            hint = _START_HINTS.get(end.stage)
+            if end.errno == errno.EACCES and end.stage in (None, "exec"):
+                hint = "is it an executable file?"
+            if hint:
                 remark += f"\nhint: {hint}"
             return 127 if missing else 126, remark
         case Outcome.TIMED_OUT:

@@ -33,7 +33,8 @@ def _split(place: str) -> tuple[str | None, str]:
 def command(source: str, target: str, user: str | None) -> None:
     """Copy a file or a directory tree between this machine and a sandbox: one of the two is ID:/path.
 
-    As with cp -r: into TARGET if that is a directory, else to the name TARGET. Modes, times and links are kept.
+    As with cp -r: into TARGET if that is a directory, else to the name TARGET; of a SOURCE that ends in /. only what
+    is in it. Modes, times and links are kept.
     Nothing is ever written outside TARGET, whatever the sandbox sends.
 
     \b
@@ -42,9 +43,15 @@ def command(source: str, target: str, user: str | None) -> None:
     """
     from_sandbox, from_path = _split(source)
     to_sandbox, to_path = _split(target)
-    if (from_sandbox is None) == (to_sandbox is None):
+    if from_sandbox is not None and to_sandbox is not None:
         raise InvalidArgumentError(
-            "one of SOURCE and TARGET must be in a sandbox", hint="write it as ID:/path"
+            "SOURCE and TARGET are both in a sandbox",
+            hint="copy it here first, and from here to the other",
+        )
+    if from_sandbox is None and to_sandbox is None:
+        raise InvalidArgumentError(
+            "one of SOURCE and TARGET must be in a sandbox",
+            hint="write it as ID:/path, with an ID of `shoal ps`",
         )
     if to_sandbox is not None:
         drive(_upload(from_path, to_sandbox, to_path, user))
@@ -55,12 +62,18 @@ def command(source: str, target: str, user: str | None) -> None:
 async def _upload(local: str, sandbox_id: str, remote: str, user: str | None) -> None:
     source, name, total = await asyncio.to_thread(_look, local)
     files = (await AsyncSandbox.connect(sandbox_id)).files
-    if remote.endswith("/") or await _is_directory(files, remote):
+    if _contents_only(local):
+        remote = remote.rstrip("/") or "/"
+    elif remote.endswith("/") or await _is_directory(files, remote):
         remote = f"{remote.rstrip('/')}/{name}"
     with progress.bar(f"copying to {sandbox_id[:11]}") as tell:
         await files.upload(
             source, remote, user=user, progress=lambda done: tell(min(1.0, done / (total or 1)), "")
         )
+
+
+def _contents_only(path: str) -> bool:
+    return path.rstrip("/").rpartition("/")[2] == "."
 
 
 def _look(local: str) -> tuple[str, str, int]:
@@ -78,8 +91,11 @@ async def _is_directory(files: AsyncFiles, path: str) -> bool:
 
 async def _download(sandbox_id: str, remote: str, local: str) -> None:
     files = (await AsyncSandbox.connect(sandbox_id)).files
+    contents = _contents_only(remote)
+    if contents:
+        remote = remote.rstrip("/").removesuffix(".").rstrip("/") or "/"
     kind = (await files.stat(remote)).kind
-    if kind == "directory" and await asyncio.to_thread(os.path.isdir, local):
+    if kind == "directory" and not contents and await asyncio.to_thread(os.path.isdir, local):
         local = os.path.join(local, remote.rstrip("/").rpartition("/")[2])
     with progress.bar(f"copying from {sandbox_id[:11]}") as tell:
         skipped = await files.download(

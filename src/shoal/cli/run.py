@@ -63,9 +63,12 @@ async def _run(
     options: dict[str, Any],
 ) -> int:
     forward = interactive or not sys.stdin.isatty()
+    stdin = None
+    if as_json and forward:
+        # Before there is a sandbox, whose time would pass; in a way that ^C and SIGTERM can end.
+        stdin = b"".join([piece async for piece in _streams.read_fd(0)])
     async with await create(timeout=timeout + _MARGIN, **options) as sandbox:
         if as_json:
-            stdin = sys.stdin.buffer.read() if forward and not sys.stdin.closed else None
             result = await sandbox.run(argv, stdin=stdin, timeout=timeout)
             print_json(
                 {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from shoal.errors import ShoalError
+from shoal.errors import ConflictError, ShoalError
 
 
 @click.command()
@@ -47,11 +47,16 @@ def command(
     sudo shoal serve
     sudo shoal serve --data-dir /data/shoal --run-dir /run/shoal-2
     """
-    from shoal.local import serve
-    from shoal.settings import Settings
+    from shoal.local import node, serve
 
     try:
-        settings = Settings()
+        settings = node.settings()
+        socket = (run_dir or settings.run_dir).absolute() / "shoal.sock"
+        if node.answers(socket):
+            raise ConflictError(
+                f"a node already runs in {socket.parent}",
+                hint="use that one, end it first, or choose another --run-dir and --data-dir",
+            )
         serve.run(
             data_dir=data_dir or settings.data_dir,
             run_dir=run_dir or settings.run_dir,

@@ -6,8 +6,9 @@ from below.
 
 from __future__ import annotations
 
+from shoal.images.formats import FORMATS
 from shoal.images.layers import LayerStore, UnpackedLayer
 from shoal.images.reference import Reference
 from shoal.images.store import ImageStore, Limits
 
-__all__ = ["ImageStore", "LayerStore", "Limits", "Reference", "UnpackedLayer"]
+__all__ = ["FORMATS", "ImageStore", "LayerStore", "Limits", "Reference", "UnpackedLayer"]

@@ -156,9 +156,9 @@ def _build(tool: str, target: Path, tell: Tell) -> None:
         }
         code, last = _run([*_APART, tool, *recipe()], made, environment, tell)
         if code != 0:
-            errors = [line for line in last if line.startswith(("E:", "W:"))] or last[-3:]
+            errors = [line for line in last if line.startswith("E:")] or last[-3:]
             raise ImageError(
-                f"mmdebstrap failed: {'; '.join(errors)[-600:]}",
+                f"mmdebstrap failed: {'; '.join(errors)[:600]}",
                 hint=f"can this machine reach {mirror()}? SHOAL_DEBIAN_MIRROR names another mirror",
             )
         os.replace(made, target)

@@ -18,7 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.errors import HostUnsupportedError, NodeUnavailableError, from_problem
+from shoal.errors import (
+    HostUnsupportedError,
+    InvalidArgumentError,
+    NodeUnavailableError,
+    from_problem,
+)
 
 if TYPE_CHECKING:
     from shoal.settings import Settings
@@ -32,10 +37,21 @@ IDLE_EXIT = 60
 
 
 def settings() -> Settings:
-    """The settings that the environment gives."""
+    """The settings that the environment gives.
+
+    Raises:
+        InvalidArgumentError: One of its variables makes no sense.
+    """
+    from pydantic import ValidationError
+
     from shoal.settings import Settings
 
-    return Settings()
+    try:
+        return Settings()
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        name = "_".join(("SHOAL", *(str(part) for part in wrong["loc"]))).upper()
+        raise InvalidArgumentError(f"{name}: {wrong['msg']}") from error
 
 
 def socket_path() -> Path:

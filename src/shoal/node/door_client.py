@@ -38,8 +38,6 @@ class Attached(msgspec.Struct, frozen=True):
     """What the guest agent said in READY."""
 
     generation: int
-    version: int = 0
-    ready_us: int = 0
 
 
 class Door(Protocol):

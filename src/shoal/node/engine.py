@@ -37,7 +37,7 @@ from shoal.errors import (
 )
 from shoal.node import lifecycle, oci
 from shoal.node.admission import Admission
-from shoal.node.door_client import Attached, Door, Process
+from shoal.node.door_client import Door, Process
 from shoal.node.keeper_client import Fault, Keeper, KeeperError
 from shoal.node.lifecycle import (
     EndRequested,
@@ -204,9 +204,8 @@ class Engine:
             image = await undo.enter_async_context(self._images.pin(spec.image))
             slot = undo.enter_context(self._slot())
             self._refuse_when_closing()  # again: `shutdown` ends only what it can see
-            live = self._begin(
-                spec, image, slot
-            )  # before the keeper acts: a crash must leave a trace
+            # Before the keeper acts: a crash must leave a trace.
+            live = self._begin(spec, image, slot)
             live.undo = undo.pop_all()
         await self._start(live, image)
         log.info(
@@ -333,9 +332,8 @@ class Engine:
             created_at=now,
             expires_at=now + spec.timeout,
         )
-        self._state.save(
-            record
-        )  # raises, unlike the later ones: nobody may act on a sandbox without a trace
+        # Raises, unlike the later ones: nobody may act on a sandbox without a trace.
+        self._state.save(record)
         live = _Live(record, life, process)
         self._live[sandbox] = live
         for instruction in instructions:
@@ -391,7 +389,7 @@ class Engine:
         await anyio.lowlevel.checkpoint_if_cancelled()
         self._apply(live, Started())
 
-    async def _attach(self, live: _Live, deadline: float) -> Attached:
+    async def _attach(self, live: _Live, deadline: float) -> None:
         record = live.record
         ready = await self._door.attach(
             record.id,
@@ -405,7 +403,6 @@ class Engine:
                 f"its guest agent is of generation {ready.generation}, not {record.generation}",
                 stage="ready",
             )
-        return ready
 
     def _access(self, live: _Live) -> SandboxAccess:
         return SandboxAccess(
@@ -537,9 +534,8 @@ class Engine:
             self._apply(live, EndRequested(Reason.LOST, message))
         else:
             if live.life.status not in (Status.RUNNING, Status.PAUSED):
-                await self._detach(
-                    live.record.id
-                )  # it ended meanwhile, and its own detach was before
+                # It ended meanwhile, and its own detach was before.
+                await self._detach(live.record.id)
 
     async def _keep_house(self) -> None:
         pruned = -_LONGEST_PAUSE

@@ -55,7 +55,6 @@ def runtime_spec(
             },
             "seccomp": "standard",
         },
-        "annotations": {},
         "disk": {"limit": spec.disk_mib * _MIB},
         # Charged to the memory limit too; a quarter leaves the rest to the processes.
         "shm": {"limit": memory // 4},

@@ -1,7 +1,7 @@
 """What a node does first: bring the records in line with what is really there.
 
-The keeper removes what a dead node left before it starts a new server. If only the server died, the keeper still
-holds sandboxes that nobody has a connection to; those are ended here.
+The keeper ends with its server, and a new one removes what a dead node left before it starts a server. Should it hold
+sandboxes all the same, nobody has a connection to them, and they are ended here.
 """
 
 from __future__ import annotations

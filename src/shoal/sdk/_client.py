@@ -115,26 +115,31 @@ class Client:
         self.base_lock = asyncio.Lock()
         """Held while the `base` image is being built."""
         self._base = "http://shoal" if address.socket else address.url
-        self._control = self._session(_CONTROL_CONNECTIONS)
-        self._streams = self._session(0)
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        """Made when first used, so that a client without a request has nothing to close."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._guard: AsyncGenerator[None] | None = None
         self._starting = asyncio.Lock()
 
-    def _session(self, limit: int) -> aiohttp.ClientSession:
-        path = self.address.socket
+    def _session(self, *, stream: bool) -> aiohttp.ClientSession:
+        if (known := self._sessions.get(stream)) is not None:
+            return known
+        if self.closed:
+            raise RuntimeError("this client is closed")
+        path, limit = self.address.socket, 0 if stream else _CONTROL_CONNECTIONS
         connector: aiohttp.BaseConnector = (
             aiohttp.UnixConnector(path=path, limit=limit)
             if path
             else aiohttp.TCPConnector(limit=limit)
         )
-        return aiohttp.ClientSession(
+        made = self._sessions[stream] = aiohttp.ClientSession(
             connector=connector,
             auto_decompress=False,
             read_bufsize=1 << 18,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_DEADLINE),
             headers={"User-Agent": "shoal"},
         )
+        return made
 
     async def aclose(self) -> None:
         """End what this client still does and close its connections."""
@@ -145,8 +150,8 @@ class Client:
             task.cancel()
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=1.0)
-        await self._control.close()
-        await self._streams.close()
+        for session in self._sessions.values():
+            await session.close()
 
     def own(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task that ends with this client at the latest."""
@@ -243,7 +248,10 @@ class Client:
         if token is not None:
             sent["Authorization"] = f"Bearer {token}"
         if data is None and body is not None:
-            data = msgspec.json.encode(body)
+            try:
+                data = msgspec.json.encode(body)
+            except UnicodeEncodeError as error:
+                raise _not_utf8(str(error.object)) from error
             sent["Content-Type"] = "application/json"
         elif data is not None:
             sent.setdefault("Content-Type", "application/octet-stream")
@@ -253,7 +261,7 @@ class Client:
         broken: list[Exception] = []
         if data is not None and not isinstance(data, bytes):
             data = _watched(data, broken)
-        session = self._streams if stream else self._control
+        session = self._session(stream=stream)
         url = self._base + path
         for attempt in (1, 2):
             try:
@@ -289,6 +297,11 @@ class Client:
         where = self.address.url
         if lost:
             return NodeUnavailableError(f"the connection to the node at {where} broke: {error}")
+        if isinstance(
+            error, aiohttp.ClientConnectorError
+        ):  # it says "ssl:default" also without TLS
+            number = error.os_error.errno or 0
+            error = OSError(os.strerror(number)) if number > 0 else error.os_error
         hint = "" if self.address.embedded else "is `shoal serve` running there? see SHOAL_URL"
         return NodeUnavailableError(f"no node answers at {where}: {error}", hint=hint)
 
@@ -340,4 +353,11 @@ def quote(part: str) -> str:
     """One path segment of a URL."""
     if not part:
         raise InvalidArgumentError("an id or name is empty", hint="`shoal ps` lists sandboxes")
-    return urllib.parse.quote(part, safe="")
+    try:
+        return urllib.parse.quote(part, safe="")
+    except UnicodeEncodeError as error:
+        raise _not_utf8(part) from error
+
+
+def _not_utf8(text: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"not UTF-8: {ascii(text)}")

@@ -155,21 +155,6 @@ impl Cgroups {
         }
     }
 
-    /// What a sandbox uses now: (memory, peak memory, tasks, CPU microseconds).
-    pub fn usage(&self, id: &str) -> (u64, u64, u64, u64) {
-        let number = |controller: &str, file: &str| {
-            self.read(controller, &format!("{id}/{file}")).and_then(|text| text.trim().parse().ok()).unwrap_or(0)
-        };
-        let tasks = number("pids", "work/pids.current");
-        if self.version == Version::V1 {
-            let memory = number("memory", "memory.usage_in_bytes");
-            (memory, number("memory", "memory.max_usage_in_bytes"), tasks, 0)
-        } else {
-            let cpu = self.read("cpu", &format!("{id}/cpu.stat")).and_then(|text| field(&text, "usage_usec"));
-            (number("memory", "memory.current"), number("memory", "memory.peak"), tasks, cpu.unwrap_or(0))
-        }
-    }
-
     /// Removes a sandbox's groups; those that are gone are no error. EBUSY while a task is on its way out.
     pub fn remove(&self, id: &str) -> Result<()> {
         for hierarchy in &self.hierarchies {

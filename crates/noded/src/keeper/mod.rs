@@ -300,7 +300,6 @@ impl Keeper {
             Operation::Hello => self.hello(),
             Operation::List => Ok(json!({ "sandboxes": self.sandboxes.iter()
                 .map(|(id, one)| json!({ "sandbox": id, "pid": one.pid })).collect::<Vec<_>>() })),
-            Operation::Stats { sandbox } => self.stats(&sandbox),
             Operation::LayerCommit { layer, diff_id } => spec::check_layer_name(&layer)
                 .and_then(|()| spec::check_diff_id(&diff_id))
                 .and_then(|()| self.node.pool.commit_layer(&layer, &diff_id))
@@ -312,10 +311,6 @@ impl Keeper {
                 spec::check_diff_id(&diff_id).and_then(|()| self.node.pool.remove_layer(&diff_id)).map(|()| json!({}))
             }
             Operation::LayerList => self.node.pool.layers().map(|layers| json!({ "layers": layers })),
-            Operation::Shutdown => {
-                self.begin_stop(true);
-                Ok(json!({}))
-            }
         };
         self.channel.answer(id, answer);
     }
@@ -442,18 +437,6 @@ impl Keeper {
                 }
             }
         }
-    }
-
-    fn stats(&self, id: &str) -> Result<Value> {
-        spec::check_sandbox_id(id)?;
-        if !self.sandboxes.contains_key(id) {
-            return Err(Error::invalid(format!("no sandbox {id}")));
-        }
-        let (memory, peak, pids, cpu) = self.node.cgroups.usage(id);
-        Ok(json!({
-            "memory_bytes": memory, "memory_peak_bytes": peak, "pids": pids, "cpu_usec": cpu,
-            "oom_kills": self.node.cgroups.oom_kills(id),
-        }))
     }
 
     fn unpack(&mut self, request: u64, what: &spec::LayerUnpack, blob: Option<OwnedFd>) -> Result<()> {

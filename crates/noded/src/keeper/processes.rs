@@ -7,7 +7,7 @@ use super::Options;
 use super::error::{Error, Result};
 use super::landlock;
 use super::spec::DOOR_ID;
-use super::sys::{self, Fork};
+use super::sys;
 use crate::front_door;
 
 /// A process that the keeper started and watches.
@@ -29,7 +29,7 @@ pub struct DoorFds {
 /// Starts the front door: another user, no capability, an empty network, and `run_dir` as its whole file system.
 pub fn start_door(fds: DoorFds, host_mounts: BorrowedFd<'_>, run_dir: BorrowedFd<'_>) -> Result<Child> {
     // SAFETY: the child ends in `_exit`.
-    let Some((pid, pidfd)) = (unsafe { sys::fork(&Fork::default()) })? else {
+    let Some((pid, pidfd)) = (unsafe { sys::fork(0) })? else {
         let kept = [fds.public.as_raw_fd(), fds.control.as_raw_fd()];
         match confine_door(host_mounts, run_dir, &kept) {
             Ok(()) => {
@@ -95,7 +95,7 @@ pub fn start_server(
     let data_dir = sys::c_string(options.data_dir.as_str())?;
     let ruleset = landlock::write_only_below(&[&data_dir, c"/dev/null"])?;
     // SAFETY: the child ends in exec or `_exit`.
-    let Some((pid, pidfd)) = (unsafe { sys::fork(&Fork::default()) })? else {
+    let Some((pid, pidfd)) = (unsafe { sys::fork(0) })? else {
         let failed = exec_server(&argv, &environment, keeper, listener, host_mounts, ruleset.as_ref());
         super::log("server_failed", &serde_json::json!({ "error": failed }));
         // SAFETY: as above.

@@ -36,11 +36,6 @@ pub enum Operation {
     },
     /// Lists the sandboxes that are up.
     List,
-    /// Tells what a sandbox uses.
-    Stats {
-        /// Its id.
-        sandbox: String,
-    },
     /// Unpacks the layer behind the descriptor that came along.
     LayerUnpack(LayerUnpack),
     /// Gives an unpacked layer its final name.
@@ -62,8 +57,6 @@ pub enum Operation {
     },
     /// Lists the layers.
     LayerList,
-    /// Ends everything.
-    Shutdown,
 }
 
 /// See [`Operation::LayerUnpack`].
@@ -98,10 +91,6 @@ pub struct Spec {
     pub disk: Limit,
     /// Size of /dev/shm.
     pub shm: Limit,
-    /// Free words; not looked at.
-    #[serde(default)]
-    #[expect(dead_code, reason = "part of the spec, of no meaning to the keeper")]
-    pub annotations: serde_json::Map<String, serde_json::Value>,
 }
 
 /// Source: OCI runtime-spec, `process`.

@@ -196,32 +196,19 @@ pub fn pipe() -> Result<(OwnedFd, OwnedFd)> {
     Ok(unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) })
 }
 
-/// What a new process shares with the keeper, and what it gets of its own.
-#[derive(Default)]
-pub struct Fork<'a> {
-    /// `CLONE_NEW*` flags.
-    pub namespaces: u64,
-    /// A cgroup v2 directory that it starts in.
-    pub cgroup: Option<BorrowedFd<'a>>,
-}
-
-/// Forks: `None` in the child, pid and pidfd in the parent.
+/// Forks into new namespaces (`CLONE_NEW*` flags): `None` in the child, pid and pidfd in the parent.
 ///
 /// Source: `clone3(2)`.
 ///
 /// # Safety
 /// The child must end in exec or `_exit`, and must not return into code that owns the keeper's resources.
-pub unsafe fn fork(how: &Fork<'_>) -> Result<Option<(i32, OwnedFd)>> {
+pub unsafe fn fork(namespaces: i32) -> Result<Option<(i32, OwnedFd)>> {
     let mut pidfd: RawFd = -1;
     // SAFETY: all-zero is a valid clone_args.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = how.namespaces | libc::CLONE_PIDFD as u64;
+    arguments.flags = (namespaces | libc::CLONE_PIDFD) as u64;
     arguments.pidfd = (&raw mut pidfd) as u64;
     arguments.exit_signal = libc::SIGCHLD as u64;
-    if let Some(cgroup) = how.cgroup {
-        arguments.flags |= CLONE_INTO_CGROUP;
-        arguments.cgroup = cgroup.as_raw_fd() as u64;
-    }
     // SAFETY: without CLONE_VM this is fork; the structure is as long as said.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, std::mem::size_of::<libc::clone_args>()) };
     if pid < 0 {
@@ -270,8 +257,6 @@ pub fn pidfd_open(pid: i32) -> Result<OwnedFd> {
     owned("pidfd_open", &pid.to_string(), fd)
 }
 
-/// `clone3(2)`: start in a cgroup. libc has it as a negative int.
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 const OPEN_TREE_CLONE: u32 = 1;
 const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
 /// Mount attribute: read-only.

@@ -5,15 +5,14 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use super::error::{Error, Result};
 use super::spec::IdMapping;
-use super::sys::{self, Fork};
+use super::sys;
 
 /// Makes a user namespace with these maps, for users and groups alike.
 ///
 /// A child is born in it, waits, and is ended once the namespace is held by its descriptor.
 pub fn make(maps: &[IdMapping]) -> Result<OwnedFd> {
-    let how = Fork { namespaces: libc::CLONE_NEWUSER as u64, cgroup: None };
     // SAFETY: the child only waits for the signal that ends it.
-    let Some((pid, pidfd)) = (unsafe { sys::fork(&how) })? else {
+    let Some((pid, pidfd)) = (unsafe { sys::fork(libc::CLONE_NEWUSER) })? else {
         loop {
             // SAFETY: no arguments. If the keeper dies, init adopts a process that owns nothing: end with it.
             unsafe {

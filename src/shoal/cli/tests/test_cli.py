@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -206,6 +207,10 @@ def test_cp_both_ways(node: FakeNode, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "a").read_text() == "a"
     assert shoal("cp", f"{sandbox}:/app/sub/a", str(tmp_path)).returncode == 0
     assert (tmp_path / "a").read_text() == "a"
+    assert shoal("cp", f"{tmp_path}/src/.", f"{sandbox}:/app").returncode == 0
+    assert sorted(path.name for path in (root / "app").iterdir()) == ["src", "sub"]
+    assert shoal("cp", f"{sandbox}:/app/sub/.", str(tmp_path / "src")).returncode == 0
+    assert (tmp_path / "src" / "a").read_text() == "a"
     for bad in ((str(tmp_path), "/x"), (f"{sandbox}:/a", f"{sandbox}:/b"), (f"{sandbox}:rel", "x")):
         done = shoal("cp", *bad)
         assert done.returncode == 1
@@ -301,6 +306,53 @@ def test_no_node_is_an_error_with_a_hint() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith(b"error: no node answers at unix:///nonexistent/shoal.sock")
     assert b"\nhint: " in done.stderr
+
+
+def test_streams_that_the_parent_closed_are_no_error(node: FakeNode) -> None:
+    for closed in ("<&-", ">&-", "<&- >&- 2>&-"):
+        program = f"exec {shlex.quote(sys.executable)} -m shoal run -- sh -c 'cat; echo x' {closed}"
+        done = subprocess.run(
+            ["/bin/sh", "-c", program], env=_environment(), capture_output=True, timeout=30
+        )
+        assert (done.returncode, done.stderr) == (0, b""), closed
+        assert done.stdout == (b"" if ">" in closed else b"x\n")
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_run_json_can_be_stopped_while_it_waits_for_stdin(node: FakeNode, code: int) -> None:
+    argv = [sys.executable, "-m", "shoal", "run", "--json", "--", "true"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, env=_environment()) as program:
+        deadline = time.monotonic() + 20
+        # The second thread is the one that reads.
+        while len(_threads(program.pid)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        program.send_signal(code - 128)
+        assert program.wait(timeout=10) == code
+    assert not node.sandboxes
+
+
+def _threads(pid: int) -> list[str]:
+    return os.listdir(f"/proc/{pid}/task")
+
+
+def test_what_is_not_utf8_is_refused_in_a_line(node: FakeNode) -> None:
+    sandbox = shoal("create").stdout.decode().strip()
+    for argv in (["run", "--", "\udcff"], ["exec", sandbox, "\udcff"], ["inspect", "\udcff"]):
+        done = shoal(*argv)
+        assert done.returncode == 1
+        assert done.stderr == b"error: not UTF-8: '\\udcff'\n", argv
+
+
+def test_an_empty_id_is_an_error_and_a_hint_and_nothing_else(node: FakeNode) -> None:
+    done = shoal("exec", "", "--", "true")
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 2)
+
+
+def test_a_bad_setting_is_named() -> None:
+    done = shoal("serve", env={"SHOAL_IDLE_EXIT": "soon"})
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: SHOAL_IDLE_EXIT: ")
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_every_verb_teaches() -> None:

@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{Error, Result};
 use super::spec::IdMapping;
-use super::sys::{self, Fork};
+use super::sys;
 use super::userns;
 
 /// Ids that a layer may use: 0 to 65535, mapped to a range on the host that nothing else uses.
@@ -124,9 +124,8 @@ pub fn spawn(request: &Request<'_>) -> Result<Worker> {
         | libc::CLONE_NEWIPC
         | libc::CLONE_NEWUTS
         | libc::CLONE_NEWCGROUP;
-    let how = Fork { namespaces: namespaces as u64, cgroup: None };
     // SAFETY: the child runs `worker::run`, which never returns.
-    match (unsafe { sys::fork(&how) })? {
+    match (unsafe { sys::fork(namespaces) })? {
         Some((pid, pidfd)) => Ok(Worker { pid, pidfd, report }),
         None => worker::run(request, &userns, &mount, &write),
     }

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use super::super::super::error::{Error, Result};
 use super::super::super::seccomp;
 use super::super::super::spec::AGENT_ID;
-use super::super::super::sys::{self, Fork};
+use super::super::super::sys;
 
 /// Directory of the keeper's root on which a sandbox's root is put before it becomes one.
 pub const NEW_ROOT: &CStr = c"/root";
@@ -110,7 +110,7 @@ pub fn start(plan: &Plan<'_>) -> Result<(i32, OwnedFd)> {
         | libc::CLONE_NEWUTS
         | CLONE_NEWTIME;
     // SAFETY: the child goes to `enter`, which ends in exec, or ends by itself.
-    let child = unsafe { sys::fork(&Fork { namespaces: namespaces as u64, cgroup: None }) };
+    let child = unsafe { sys::fork(namespaces) };
     let Some((pid, pidfd)) = child.map_err(|error| error.at("fork"))? else {
         let Fault(step, errno) = enter(plan);
         let told = [step as u8, errno as u8, (errno >> 8) as u8];
