@@ -23,4 +23,5 @@ def _open_standard_streams() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free: this one
-            setattr(sys, name, open(fd, mode, encoding="utf-8", closefd=False))
+            stream = open(fd, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - it stays
+            setattr(sys, name, stream)

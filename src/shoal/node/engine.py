@@ -11,8 +11,8 @@ import asyncio
 import base64
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -202,7 +202,7 @@ class Engine:
         async with AsyncExitStack() as undo:
             undo.enter_context(self._admission.reserve(spec))
             image = await undo.enter_async_context(self._images.pin(spec.image))
-            slot = undo.enter_context(self._slot())
+            slot = await undo.enter_async_context(self._slot())
             self._refuse_when_closing()  # again: `shutdown` ends only what it can see
             # Before the keeper acts: a crash must leave a trace.
             live = self._begin(spec, image, slot)
@@ -310,9 +310,16 @@ class Engine:
         if self._closing:
             raise NodeUnavailableError("the node is stopping", hint="start it again, then retry")
 
-    @contextmanager
-    def _slot(self) -> Iterator[int]:
-        slot = self._slots.take()
+    @asynccontextmanager
+    async def _slot(self) -> AsyncIterator[int]:
+        while (slot := self._slots.take()) is None:
+            try:
+                block = await self._keeper.claim_ids()
+            except KeeperError as error:
+                raise ResourceExhaustedError(
+                    "all ranges of host ids are taken", hint="end sandboxes that are idle"
+                ) from error
+            self._slots.add(block.first, block.count)
         try:
             yield slot
         finally:

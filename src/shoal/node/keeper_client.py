@@ -59,6 +59,13 @@ class KeeperHello(msgspec.Struct, frozen=True):
     walls: dict[str, Any] = {}
 
 
+class IdBlock(msgspec.Struct, frozen=True):
+    """Ranges of host ids, by the numbers of their slots; ours until the keeper ends."""
+
+    first: int
+    count: int
+
+
 class Created(msgspec.Struct, frozen=True):
     """A sandbox whose PID 1 was started; READY is still to come."""
 
@@ -107,6 +114,14 @@ class Keeper(Protocol):
 
     async def destroy(self, sandbox: str, *, deadline: float) -> None:
         """Remove a sandbox with all it holds; returns when nothing is left. An unknown id is fine."""
+        ...
+
+    async def claim_ids(self) -> IdBlock:
+        """Take a block of id ranges that no other node on this machine has.
+
+        Raises:
+            KeeperError: All are taken.
+        """
         ...
 
     async def sandboxes(self) -> list[str]:
@@ -193,6 +208,10 @@ class KeeperClient:
     async def destroy(self, sandbox: str, *, deadline: float) -> None:
         """See `Keeper`."""
         await self._call({"op": "destroy", "sandbox": sandbox}, deadline=deadline)
+
+    async def claim_ids(self) -> IdBlock:
+        """See `Keeper`."""
+        return await self._ask({"op": "claim_ids"}, IdBlock, deadline=_QUICK)
 
     async def sandboxes(self) -> list[str]:
         """See `Keeper`."""

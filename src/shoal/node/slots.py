@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import heapq
 
-from shoal.errors import InternalError, ResourceExhaustedError
+from shoal.errors import InternalError
 
 FIRST_ID = 2_147_483_648
 """First host id of slot 0; below it are the host's own users."""
 IDS_PER_SLOT = 65_537
 """The image's 0 to 65535, and one more for the guest agent."""
-SLOTS = (2**32 - 1 - FIRST_ID) // IDS_PER_SLOT
-"""Ranges that fit below (uid_t)-1."""
 
 
 def first_host_id(slot: int) -> int:
@@ -23,11 +21,12 @@ def first_host_id(slot: int) -> int:
 
 
 class Slots:
-    """Who holds which range. `take` and `give_back` are plain calls, so no two takers can meet."""
+    """Who holds which range. `take` and `give_back` are plain calls, so no two takers can meet.
 
-    def __init__(self, count: int = SLOTS) -> None:
-        self._count = count
-        self._next = 0
+    It begins with none: the keeper hands them out in blocks that no other node on this machine has.
+    """
+
+    def __init__(self) -> None:
         self._free: list[int] = []
         self._taken: set[int] = set()
 
@@ -36,22 +35,16 @@ class Slots:
         """How many are taken."""
         return len(self._taken)
 
-    def take(self) -> int:
-        """The smallest free slot, now taken.
+    def add(self, first: int, count: int) -> None:
+        """Put a block of slots at the takers' disposal."""
+        for slot in range(first, first + count):
+            heapq.heappush(self._free, slot)
 
-        Raises:
-            ResourceExhaustedError: All are taken.
-        """
-        if self._free:
-            slot = heapq.heappop(self._free)
-        elif self._next < self._count:
-            slot = self._next
-            self._next += 1
-        else:
-            raise ResourceExhaustedError(
-                f"all {self._count} ranges of host ids are taken",
-                hint="end sandboxes that are idle",
-            )
+    def take(self) -> int | None:
+        """The smallest free slot, now taken; None when a block must be added first."""
+        if not self._free:
+            return None
+        slot = heapq.heappop(self._free)
         self._taken.add(slot)
         return slot
 

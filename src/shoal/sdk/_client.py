@@ -360,4 +360,4 @@ def quote(part: str) -> str:
 
 
 def _not_utf8(text: str) -> InvalidArgumentError:
-    return InvalidArgumentError(f"not UTF-8: {ascii(text)}")
+    return InvalidArgumentError(f"not UTF-8: {text!a}")

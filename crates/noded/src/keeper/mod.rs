@@ -5,6 +5,7 @@
 
 mod cgroup;
 mod error;
+mod ids;
 mod landlock;
 mod pool;
 mod processes;
@@ -298,6 +299,7 @@ impl Keeper {
                 Err(error) => Err(error),
             },
             Operation::Hello => self.hello(),
+            Operation::ClaimIds => self.node.ids.claim().map(|first| json!({ "first": first, "count": ids::BLOCK })),
             Operation::List => Ok(json!({ "sandboxes": self.sandboxes.iter()
                 .map(|(id, one)| json!({ "sandbox": id, "pid": one.pid })).collect::<Vec<_>>() })),
             Operation::LayerCommit { layer, diff_id } => spec::check_layer_name(&layer)
@@ -344,6 +346,9 @@ impl Keeper {
         let host_id = spec.host_id();
         if self.stop.is_some() {
             return Err(Error::other("stopping", "the node is stopping"));
+        }
+        if !self.node.ids.has(host_id) {
+            return Err(Error::invalid(format!("host ids from {host_id} are not this node's")));
         }
         if self.sandboxes.contains_key(id) || self.remains.iter().any(|one| one.id == id) {
             return Err(Error::invalid(format!("sandbox {id} exists")));
@@ -471,6 +476,10 @@ impl Keeper {
         let Some(one) = self.unpacking.remove(&request) else { return };
         self.node.epoll.remove(one.worker.report.as_raw_fd());
         if failure.is_some() {
+            let _ = sys::pidfd_kill(one.worker.pidfd.as_fd(), libc::SIGKILL);
+        }
+        // A worker that has said all it has to say ends at once, or is not what we started.
+        if failure.is_none() && !sys::ends_within(one.worker.pidfd.as_fd(), Duration::from_millis(500)) {
             let _ = sys::pidfd_kill(one.worker.pidfd.as_fd(), libc::SIGKILL);
         }
         let status = sys::wait(one.worker.pid);

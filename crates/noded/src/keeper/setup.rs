@@ -6,6 +6,7 @@ use std::os::unix::net::UnixListener;
 
 use super::cgroup::{self, Cgroups};
 use super::error::{Error, Result};
+use super::ids::Ids;
 use super::pool::Pool;
 use super::processes::{self, Child, DoorFds};
 use super::rpc::Epoll;
@@ -24,6 +25,7 @@ pub struct Node {
     pub pool: Pool,
     pub cgroups: Cgroups,
     pub native: Native,
+    pub ids: Ids,
     pub run_dir: String,
     pub landlock: bool,
     run: OwnedFd,
@@ -41,6 +43,7 @@ pub fn node(options: &Options) -> Result<Node> {
         return Err(Error::other("host_unsupported", "the keeper needs root"));
     }
     close_on_exec()?;
+    let ids = Ids::open("/run/shoal-ids.lock")?;
     let run = sys::open(&options.run_dir, libc::O_RDONLY | libc::O_DIRECTORY)?;
     let lock = lock(&options.run_dir)?;
     // The front door has to pass through it; what it holds is closed to others one by one.
@@ -99,6 +102,7 @@ pub fn node(options: &Options) -> Result<Node> {
         pool,
         cgroups,
         native,
+        ids,
         run_dir: options.run_dir.clone(),
         landlock,
         run,

@@ -34,6 +34,8 @@ pub enum Operation {
         /// Its id.
         sandbox: String,
     },
+    /// Takes a block of host id ranges that no other node on this machine has.
+    ClaimIds,
     /// Lists the sandboxes that are up.
     List,
     /// Unpacks the layer behind the descriptor that came along.

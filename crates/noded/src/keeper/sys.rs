@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
 
 use super::error::{Error, Result};
 
@@ -248,6 +249,23 @@ pub fn wait(pid: i32) -> i32 {
         && std::io::Error::last_os_error().raw_os_error() == Some(libc::EINTR)
     {}
     status
+}
+
+/// Whether a descriptor (a pidfd: at its process's end) becomes readable, or is closed at the other end, in time.
+pub fn ends_within(fd: BorrowedFd<'_>, patience: Duration) -> bool {
+    let until = Instant::now() + patience;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one structure.
+        let ready = unsafe { libc::poll(&raw mut poll, 1, left.as_millis() as i32) };
+        if ready > 0 {
+            return true;
+        }
+        if left.is_zero() {
+            return false;
+        }
+    }
 }
 
 /// Opens a pidfd of a process of this pid namespace.

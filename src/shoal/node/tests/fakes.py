@@ -14,7 +14,7 @@ from shoal.errors import ImageNotFoundError
 from shoal.node.admission import Admission, Overcommit, Resources
 from shoal.node.door_client import Attached, Process
 from shoal.node.engine import Engine, EngineConfig
-from shoal.node.keeper_client import Created
+from shoal.node.keeper_client import Created, IdBlock
 from shoal.node.lifecycle import Exited
 from shoal.node.secret import NodeSecret
 from shoal.node.slots import Slots
@@ -71,6 +71,7 @@ class FakeKeeper:
         self.steps = steps
         self.held: dict[str, dict[str, Any]] = {}
         self.most_at_once = 0
+        self.claimed = 0
         self._at_once = 0
         self.on_exit: Callable[[str, Exited], None] = lambda _sandbox, _event: None
 
@@ -97,6 +98,10 @@ class FakeKeeper:
         assert deadline > 0
         await self.steps.take("destroy")
         self.held.pop(sandbox, None)
+
+    async def claim_ids(self) -> IdBlock:
+        self.claimed += 1
+        return IdBlock(first=(self.claimed - 1) * 1000, count=1000)
 
     async def sandboxes(self) -> list[str]:
         return list(self.held)
@@ -178,7 +183,7 @@ class World:
         self.images = FakeImages(self.steps)
         self.state = StateStore.open(directory / "state.db")
         self.admission = admission_ or admission()
-        self.slots = Slots(count=1000)
+        self.slots = Slots()
         self.engine = Engine(
             keeper=self.keeper,
             door=self.door,

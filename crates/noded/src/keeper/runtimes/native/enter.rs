@@ -4,7 +4,8 @@
 
 use std::ffi::{CStr, CString};
 use std::io::Read as _;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use super::super::super::error::{Error, Result};
 use super::super::super::seccomp;
@@ -100,6 +101,9 @@ struct Fault(Step, i32);
 
 type Stepped<T = ()> = std::result::Result<T, Fault>;
 
+/// Longest that the way from fork to exec may take; a millisecond or two is usual.
+const START_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Forks the sandbox's PID 1 and waits until it has become the guest agent.
 pub fn start(plan: &Plan<'_>) -> Result<(i32, OwnedFd)> {
     let (read, write) = sys::pipe()?;
@@ -123,7 +127,16 @@ pub fn start(plan: &Plan<'_>) -> Result<(i32, OwnedFd)> {
     drop(write);
     // The pipe closes at exec, or when the child dies.
     let mut told = Vec::new();
-    std::fs::File::from(read).take(3).read_to_end(&mut told).map_err(|error| Error::io("read", "status", &error))?;
+    let heard = if sys::ends_within(read.as_fd(), START_PATIENCE) {
+        std::fs::File::from(read).take(3).read_to_end(&mut told).map_err(|error| Error::io("read", "status", &error))
+    } else {
+        Err(Error::os("start", "in the sandbox", libc::ETIMEDOUT))
+    };
+    if let Err(error) = heard {
+        sys::pidfd_kill(pidfd.as_fd(), libc::SIGKILL)?;
+        sys::wait(pid);
+        return Err(error.at("start"));
+    }
     if let [step, low, high] = told.as_slice() {
         sys::wait(pid);
         let word = STEP_WORDS.get(*step as usize).copied().unwrap_or("unknown");
