@@ -19,7 +19,7 @@ from shoal.node.lifecycle import Exited
 from shoal.node.secret import NodeSecret
 from shoal.node.slots import Slots
 from shoal.state import StateStore
-from shoal.types import ImageInfo
+from shoal.types import ImageInfo, Reason
 
 IMAGE = ImageInfo(
     name="base",
@@ -113,8 +113,11 @@ class FakeDoor:
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
         self.attached: dict[str, tuple[str, Process]] = {}
+        self.reasons: dict[str, Reason | None] = {}
+        """What a detach said, by sandbox."""
         self.generation = 1
         self.on_connect: Callable[[], None] = lambda: None
+        self.on_lost: Callable[[str, str], None] = lambda _sandbox, _message: None
 
     async def attach(
         self, sandbox: str, *, socket: str, token: str, process: Process, deadline: float
@@ -125,8 +128,9 @@ class FakeDoor:
         await self.steps.take("attach")
         return Attached(generation=self.generation)
 
-    async def detach(self, sandbox: str) -> None:
+    async def detach(self, sandbox: str, *, reason: Reason | None = None) -> None:
         self.attached.pop(sandbox, None)
+        self.reasons[sandbox] = reason
         await self.steps.take("detach")
 
 
@@ -167,6 +171,11 @@ def admission(**changes: Any) -> Admission:
     return Admission(values.pop("host", HOST), **values)
 
 
+CONFIG = EngineConfig(
+    start_timeout=10.0, stop_timeout=5.0, create_concurrency=4, keep_ended=86_400.0, max_ended=1000
+)
+
+
 class World:
     """An engine among fakes, and the fakes."""
 
@@ -191,7 +200,7 @@ class World:
             state=self.state,
             admission=self.admission,
             secret=NodeSecret(b"k" * 32),
-            config=config or EngineConfig(stop_timeout=5.0),
+            config=config or CONFIG,
             slots=self.slots,
         )
 

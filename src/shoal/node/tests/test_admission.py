@@ -209,7 +209,7 @@ def test_the_host_is_read_from_proc(tmp_path: Path) -> None:
 
 def test_slots_are_the_smallest_free_and_never_overlap() -> None:
     slots = Slots()
-    assert slots.take() is None
+    assert slots.take() is None  # the keeper has given no block yet
     slots.add(0, 4)
     assert [slots.take() for _ in range(3)] == [0, 1, 2]
     slots.give_back(1)

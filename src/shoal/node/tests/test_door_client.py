@@ -10,10 +10,12 @@ from typing import Any
 
 import anyio
 import pytest
+from structlog.testing import capture_logs
 
 from shoal.errors import NodeUnavailableError, StartFailedError, StartTimeoutError
 from shoal.node.door_client import DoorClient, Process
 from shoal.node.tests.fakes import until
+from shoal.types import Reason
 
 PROCESS = Process(env=["A=b"], cwd="/", user="")
 
@@ -67,12 +69,13 @@ async def test_attach_and_detach(tmp_path: Path) -> None:
     async with door.running(), connected(door.path) as client:
         ready = await client.attach("sb-a", socket="/a", token="t", process=PROCESS, deadline=1)
         assert ready.generation == 1
-        await client.detach("sb-a")
+        await client.detach("sb-a", reason=Reason.OOM)
         assert [one["op"] for one in door.requests] == ["attach", "detach"]
         first = door.requests[0]
         assert first["process"] == {"env": ["A=b"], "cwd": "/", "user": ""}
         assert first["deadline_ms"] == 1000
         assert (first["socket"], first["token"]) == ("/a", "t")
+        assert door.requests[1]["reason"] == "oom"
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,40 @@ async def test_an_attach_that_fails(
     async with door.running(), connected(door.path) as client:
         with pytest.raises(kind):
             await client.attach("sb-a", socket="/a", token="t", process=PROCESS, deadline=1)
+
+
+async def test_what_comes_unasked_reaches_the_listener_or_the_log(tmp_path: Path) -> None:
+    door = FakeDoorServer(tmp_path / "door.sock", {"attach": READY})
+    lost: list[tuple[str, str]] = []
+
+    def listen(sandbox: str, message: str) -> None:
+        lost.append((sandbox, message))
+        raise ValueError("a bug")
+
+    async with door.running(), connected(door.path) as client:
+        client.on_lost = listen
+        await until(lambda: door.writers)
+        with capture_logs() as logged:
+            for line in (
+                {"event": "sandbox_lost", "sandbox": "sb-a", "message": "noise"},
+                {"event": "something_new"},
+                {"id": None, "error": {"code": "invalid_request", "message": "request: eof"}},
+                {"id": "x"},
+                {"event": "sandbox_lost", "sandbox": "sb-b", "message": "more"},
+            ):
+                door.writers[0].write(json.dumps(line).encode() + b"\n")
+            await until(lambda: len(lost) == 2)
+        assert lost == [("sb-a", "noise"), ("sb-b", "more")]
+        assert [one["event"] for one in logged] == [
+            "loss_unhandled",
+            "door_event_unknown",
+            "door_request_refused",
+            "door_line_unreadable",
+            "loss_unhandled",
+        ]
+        assert logged[2]["error"] == "request: eof"
+        # The reader lives on.
+        await client.attach("sb-a", socket="/a", token="t", process=PROCESS, deadline=1)
 
 
 async def test_no_front_door_within_the_deadline_is_a_start_timeout(

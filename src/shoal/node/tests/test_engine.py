@@ -5,6 +5,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+from msgspec.structs import replace
 
 from shoal.errors import (
     ConflictError,
@@ -21,10 +22,10 @@ from shoal.errors import (
     StartTimeoutError,
 )
 from shoal.node.admission import Overcommit
-from shoal.node.engine import EngineConfig, new_id
+from shoal.node.engine import new_id
 from shoal.node.keeper_client import Fault, KeeperError
 from shoal.node.lifecycle import Exited
-from shoal.node.tests.fakes import World, admission, until, world
+from shoal.node.tests.fakes import CONFIG, World, admission, until, world
 from shoal.types import Reason, SandboxInfo, SandboxSpec, Status
 
 
@@ -58,6 +59,7 @@ async def test_a_create_takes_the_steps_in_order_and_a_terminate_undoes_them(
         assert (info.status, info.reason) == (Status.STOPPED, Reason.TERMINATED)
         assert info.ended_at is not None
         assert one.steps.done[3:] == ["detach", "destroy", "unpin"]
+        assert one.door.reasons == {info.id: Reason.TERMINATED}
         one.assert_nothing_held()
         assert await one.engine.terminate(info.id) == info
         with pytest.raises(SandboxGoneError) as caught:
@@ -277,8 +279,54 @@ async def test_a_sandbox_that_ends_by_itself(tmp_path: Path) -> None:
         one.assert_nothing_held()
 
 
+async def test_a_sandbox_that_the_front_door_lost_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.node.engine._LAST_WORDS", 0.02)
+    async with world(tmp_path) as one:
+        lost = (await one.engine.create(SandboxSpec())).sandbox.id
+        other = (await one.engine.create(SandboxSpec())).sandbox.id
+        for sandbox in (lost, lost, "sb-unknown"):
+            one.door.on_lost(sandbox, "it sent 9 bytes of noise")
+        info = await ended(one, lost)
+        assert info.reason is Reason.LOST
+        assert "9 bytes of noise" in info.message
+        assert one.door.reasons == {lost: Reason.LOST}
+        assert one.engine.get(other).status is Status.RUNNING
+
+
+async def test_a_loss_while_it_starts_gives_the_start_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.node.engine._LAST_WORDS", 0.0)
+    async with world(tmp_path) as one:
+        one.steps.hold("attach")
+        async with anyio.create_task_group() as tasks:
+
+            async def create() -> None:
+                with pytest.raises(SandboxGoneError, match="noise"):
+                    await one.engine.create(SandboxSpec())
+
+            tasks.start_soon(create)
+            await one.steps.reached["attach"].wait()
+            [record] = one.state.all()
+            one.door.on_lost(record.id, "noise")
+        one.assert_nothing_held()
+
+
+async def test_what_the_keeper_says_of_an_exit_goes_before_what_the_front_door_says(
+    tmp_path: Path,
+) -> None:
+    async with world(tmp_path) as one:
+        info = (await one.engine.create(SandboxSpec())).sandbox
+        one.door.on_lost(info.id, "its connection ended")
+        await anyio.wait_all_tasks_blocked()
+        one.keeper.on_exit(info.id, Exited(oom_kills=1, wait_status=9))
+        assert (await ended(one, info.id)).reason is Reason.OOM
+
+
 async def test_nothing_is_given_on_before_the_keeper_has_removed_it(tmp_path: Path) -> None:
-    async with world(tmp_path, config=EngineConfig(stop_timeout=0.02)) as one:
+    async with world(tmp_path, config=replace(CONFIG, stop_timeout=0.02)) as one:
         info = (await one.engine.create(SandboxSpec())).sandbox
         gate = one.steps.hold("destroy")
         assert (await one.engine.terminate(info.id)).status is Status.STOPPING
@@ -306,7 +354,7 @@ async def test_terminates_at_the_same_time_are_one(tmp_path: Path) -> None:
 
 
 async def test_a_hundred_creates_at_once_are_few_at_a_time_for_the_keeper(tmp_path: Path) -> None:
-    async with world(tmp_path, config=EngineConfig(create_concurrency=4)) as one:
+    async with world(tmp_path, config=replace(CONFIG, create_concurrency=4)) as one:
         made: list[str] = []
 
         async def create() -> None:
@@ -424,7 +472,7 @@ async def test_lists_select_by_label_and_by_life(tmp_path: Path) -> None:
 
 
 async def test_ended_sandboxes_are_forgotten_in_time(tmp_path: Path) -> None:
-    async with world(tmp_path, config=EngineConfig(keep_ended=0.0)) as one:
+    async with world(tmp_path, config=replace(CONFIG, keep_ended=0.0)) as one:
         info = (await one.engine.create(SandboxSpec())).sandbox
         await one.engine.terminate(info.id)
         await until(lambda: one.state.get(info.id) is None)

@@ -241,6 +241,15 @@ async def test_a_full_pool_is_resource_exhausted() -> None:
             )
 
 
+async def test_an_unpacking_that_the_keeper_gave_up_is_a_deadline() -> None:
+    fault = {"code": "deadline_exceeded", "message": "unpacking the layer took too long"}
+    async with answering(lambda _request, _fds: {"error": fault}) as client:
+        with pytest.raises(DeadlineExceededError, match=r"not unpacked within 1\.5 s"):
+            await KeeperLayers(client).unpack(
+                "t", 0, length=None, max_bytes=2, max_entries=3, deadline=1.5
+            )
+
+
 async def test_an_answer_that_makes_no_sense_and_a_packet_that_is_too_long() -> None:
     async with answering(lambda _request, _fds: {"ok": {"pid": "x"}}) as client:
         with pytest.raises(InternalError, match="makes no sense"):
