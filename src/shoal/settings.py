@@ -19,6 +19,7 @@ class Settings(BaseSettings):
         env_prefix="SHOAL_",
         frozen=True,
         extra="ignore",
+        env_ignore_empty=True,
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
@@ -27,6 +28,12 @@ class Settings(BaseSettings):
     """Directory of what survives a restart: state, images, the disk pool. Only its owner may enter it."""
     run_dir: Path = Path("/run/shoal")
     """Directory of the sockets; `shoal.sock` in it is the front door."""
+
+    cache_dir: Path = Path("/var/cache/shoal")
+    """Directory of the images that were built on this machine, each under the hash of its recipe."""
+    debian_mirror: str = "http://deb.debian.org"
+    """Debian mirror that `base` is built from: the address above its `debian` and `debian-security`, or that of
+    its `debian`."""
 
     pool_mib: int = Field(default=65536, ge=256)
     """Size of the disk pool in MiB. The file is sparse: it takes what layers and sandboxes really write."""

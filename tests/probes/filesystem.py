@@ -124,6 +124,11 @@ def _climb(top: os.stat_result) -> int:
 
 @probe("FS-03")
 def kernel_settings_cannot_be_written(report: Report) -> None:
+    own = [mount for mount in mounts() if mount.point == "/proc"]
+    report.expect(len(own) == 1, f"{len(own)} mounts at /proc")
+    for mount in own:
+        report.expect(mount.kind == "proc", f"/proc is a {mount.kind}")
+        report.expect("ro" in mount.options, f"/proc is mounted {','.join(mount.options)}")
     single = ["/proc/sysrq-trigger", "/proc/mtrr", "/proc/kcore", "/proc/timer_list"]
     for path in single:
         if not is_null_device(path):  # a mask, which takes bytes and does nothing

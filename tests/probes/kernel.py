@@ -213,14 +213,17 @@ def four_socket_families_exist(report: Report) -> None:
 
 
 @probe("KS-10")
-def dangerous_netlink_protocols_fail(report: Report) -> None:
+def netlink_is_route_only(report: Report) -> None:
     allowed = frozenset({*DENIED, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.EINVAL})
     for name, protocol in (
+        ("SOCK_DIAG", 4),
         ("XFRM", 6),
         ("ISCSI", 8),
         ("AUDIT", 9),
         ("CONNECTOR", 11),
         ("NETFILTER", 12),
+        ("KOBJECT_UEVENT", 15),
+        ("GENERIC", 16),
         ("SCSITRANSPORT", 18),
         ("RDMA", 20),
         ("CRYPTO", 21),
@@ -228,6 +231,8 @@ def dangerous_netlink_protocols_fail(report: Report) -> None:
         for kind in (2, 3, 2 | 0x80000, 3 | 0x800):
             result = _socket(16, kind, protocol)
             report.refused(f"NETLINK_{name} of type {kind:#x}", result, allowed)
+    result = _socket(16, 3)
+    report.expect(result >= 0, f"NETLINK_ROUTE gave {describe(result)}")
 
 
 @probe("KS-11")

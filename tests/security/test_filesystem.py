@@ -105,13 +105,11 @@ def test_fs_10_no_mount_is_shared_with_the_host(walled: shoal.Sandbox, node: Pri
 def test_fs_13_what_one_sandbox_does_to_a_base_file_another_never_sees(
     sandbox: shoal.Sandbox, walled: shoal.Sandbox
 ) -> None:
-    digest = "sha256sum /usr/bin/env /etc/passwd /usr/lib/os-release /bin/sh"
+    import shoal
+
+    digest = "sha256sum /usr/bin/env /etc/passwd /usr/lib/os-release /bin/sh /usr/bin/python3.11"
     before = walled.run(digest, check=True).stdout
     assert sandbox.run(digest, check=True).stdout == before
-    sandbox.run(
-        "printf X | dd of=/usr/bin/env bs=1 conv=notrunc; echo evil::0:0::/:/bin/sh >> /etc/passwd;"
-        " chmod 4777 /usr/lib/os-release; truncate -s 0 /usr/lib/os-release; rm /bin/sh"
-    )
     in_place = """
 import mmap, os
 handle = os.open("/usr/bin/python3.11", os.O_RDWR)
@@ -119,10 +117,22 @@ page = mmap.mmap(handle, 4096)
 page[16:20] = b"EVIL"
 page.flush()
 """
-    sandbox.run(["python3", "-c", in_place])
-    assert walled.run(digest, check=True).stdout == before
-    assert walled.run(["python3", "-c", "print(6*7)"], check=True).stdout == "42\n"
-    import shoal
+    # By a copy: no program can open for writing what it runs from.
+    sandbox.run("cp /usr/bin/python3.11 /opt/python", check=True)
+    sandbox.run(["/opt/python", "-c", in_place], check=True)
+    sandbox.run(
+        "set -e; printf X | dd of=/usr/bin/env bs=1 conv=notrunc; echo evil::0:0::/:/bin/sh >> /etc/passwd;"
+        " chmod 4777 /usr/lib/os-release; truncate -s 0 /usr/lib/os-release; rm /bin/sh",
+        check=True,
+    )
+    assert sandbox.files.read("/usr/bin/python3.11")[16:20] == b"EVIL"
+    assert sandbox.files.read("/usr/bin/env")[:4] == b"XELF"
+    assert sandbox.files.read("/etc/passwd").endswith(b"evil::0:0::/:/bin/sh\n")
+    assert sandbox.files.read("/usr/lib/os-release") == b""
+    assert not sandbox.files.exists("/bin/sh")
 
+    assert walled.run(digest, check=True).stdout == before
+    assert walled.run(["python3.11", "-c", "print(6*7)"], check=True).stdout == "42\n"
     with shoal.Sandbox.create() as fresh:
         assert fresh.run(digest, check=True).stdout == before
+        assert fresh.run(["python3.11", "-c", "print(6*7)"], check=True).stdout == "42\n"

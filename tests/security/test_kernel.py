@@ -42,7 +42,7 @@ def test_ks_09_four_socket_families_exist(judge: Judge) -> None:
     judge("KS-09")
 
 
-def test_ks_10_dangerous_netlink_protocols_fail(judge: Judge) -> None:
+def test_ks_10_netlink_is_route_only(judge: Judge) -> None:
     judge("KS-10")
 
 

@@ -97,22 +97,35 @@ def read_settings(arguments: Sequence[str]) -> Settings:
 
 def configure_log(level: str, stream: TextIO) -> None:
     """JSON lines on a stream, ours and those of the libraries."""
+    stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
+    to_json = structlog.processors.JSONRenderer(default=str)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            stamp,
             # Without local variables: they hold tokens.
             structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
-            structlog.processors.JSONRenderer(default=str),
+            to_json,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=structlog.PrintLoggerFactory(stream),
         cache_logger_on_first_use=True,
     )
-    logging.basicConfig(
-        stream=stream, level=logging.WARNING, format='{"level":"%(levelname)s","event":"%(name)s"}'
+    libraries = logging.StreamHandler(stream)
+    libraries.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, structlog.stdlib.add_log_level],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                stamp,
+                structlog.processors.format_exc_info,  # the traceback as text, which has no local variables
+                to_json,
+            ],
+        )
     )
+    logging.basicConfig(handlers=[libraries], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)
 
 
 async def serve(settings: Settings, keeper_socket: socket.socket, listener: socket.socket) -> int:

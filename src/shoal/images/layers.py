@@ -21,6 +21,12 @@ class UnpackedLayer(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of its files."""
     compression: str
     """`none`, `gzip` or `zstd`, told from the first bytes."""
+    special_skipped: int = 0
+    """Devices and pipes that were left out."""
+    set_id_dropped: int = 0
+    """Files that lost a set-id bit."""
+    xattrs_dropped: int = 0
+    """Extended attributes that were left out."""
     unterminated: bool = False
     """The tar lacks its end blocks: only who expects this diffID knows that nothing is missing."""
 
@@ -53,6 +59,8 @@ class LayerStore(Protocol):
 
         Raises:
             ImageError: The layer is malformed or over a limit. Nothing is left under `name`.
+            DeadlineExceededError: It took longer than `deadline`. Nothing is left under `name`.
+            ResourceExhaustedError: There is no room for it. Nothing is left under `name`.
         """
         ...
 

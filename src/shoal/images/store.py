@@ -214,6 +214,8 @@ class ImageStore:
             ImageError: The archive is malformed, incomplete, for another platform or over a limit.
             DigestMismatchError: Some content is not what its digest says.
             ConflictError: Another process kept the store busy.
+            DeadlineExceededError: A layer took too long to unpack.
+            ResourceExhaustedError: The disk pool has no room for it.
         """
         wanted = Reference.parse(name)
         if wanted.digest or not wanted.tag:
@@ -263,8 +265,8 @@ class ImageStore:
         committed = False
         try:
             async with lock(self._directory / "layers.lock", shared=True, timeout=_LOCK_TIMEOUT):
-                unpacked = await self._unpack(plan, archive, temporary)
-                record = self._record(plan, unpacked, name)
+                layers, fresh = await self._unpack(plan, archive, temporary)
+                record = self._record(plan, layers, name)
                 if plan.config is None and expected_digest is not None:
                     expect("image", expected_digest, record.digest)
                 # Nothing below looks at content any more: what is wrong has been found by now.
@@ -280,17 +282,29 @@ class ImageStore:
                 if committed:
                     await self._try_collect()
             raise
-        log.info("image_imported", image=name, digest=record.digest, layers=len(record.layers))
+        log.info(
+            "image_imported",
+            image=name,
+            digest=record.digest,
+            layers=len(record.layers),
+            special_skipped=sum(layer.special_skipped for layer in fresh),
+            set_id_dropped=sum(layer.set_id_dropped for layer in fresh),
+            xattrs_dropped=sum(layer.xattrs_dropped for layer in fresh),
+        )
         return self._info(name, record)
 
     async def _unpack(
         self, plan: Plan, archive: Archive | None, temporary: dict[str, str]
-    ) -> list[LayerRecord]:
-        """Have every layer of a plan unpacked that is not there yet, under the names in `temporary`."""
+    ) -> tuple[list[LayerRecord], list[UnpackedLayer]]:
+        """Have every layer of a plan unpacked that is not there yet, under the names in `temporary`.
+
+        Returns all layers, and what is known of those that were not there.
+        """
         there = set(await self._layers.list())
         sizes = self._known_sizes()
         budget = self._limits.max_bytes
         done: list[LayerRecord] = []
+        fresh: list[UnpackedLayer] = []
         for blob in plan.layers:
             if archive is not None and blob.member is not None and blob.digest is not None:
                 await _verify(archive, blob.member, blob.digest)
@@ -312,7 +326,8 @@ class ImageStore:
             budget -= layer.bytes
             sizes[layer.diff_id] = layer.bytes
             done.append(LayerRecord(diff_id=layer.diff_id, bytes=layer.bytes))
-        return done
+            fresh.append(layer)
+        return done, fresh
 
     async def _unpack_blob(self, name: str, blob: LayerBlob, budget: int) -> UnpackedLayer:
         descriptor = os.open(blob.path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,7 +1,7 @@
 """Prepare what a node needs on disk, then become `shoal-noded`.
 
-As root: the directories with their modes, the node's secret, the file of the disk pool. Nothing here touches a
-mount or a namespace; that is the keeper's.
+As root: the directories with their modes, the file of the disk pool. Nothing here touches a mount or a
+namespace; that is the keeper's.
 """
 
 from __future__ import annotations
@@ -10,21 +10,27 @@ import contextlib
 import importlib.resources
 import os
 import platform
-import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import NoReturn
 
-from shoal.errors import HostUnsupportedError, InvalidArgumentError
-from shoal.local.node import require_root
+from shoal.errors import (
+    ConflictError,
+    HostUnsupportedError,
+    InvalidArgumentError,
+    NodeUnavailableError,
+)
+from shoal.local.node import locked, require_root, usable
 
 MIN_POOL_MIB = 256
 """mkfs.btrfs takes no smaller file, with room for anything in it."""
 _FREE_SHARE = 0.8
 """Of the disk's free space, what a pool may grow to."""
+POOL_DEADLINE = 60.0
+"""Seconds to wait for another program that makes the pool, and as many for mkfs.btrfs."""
 
 
 def run(
@@ -46,6 +52,7 @@ def run(
 
     Raises:
         HostUnsupportedError: Something is missing on this machine; the hint says what.
+        ConflictError: Another node uses the data directory.
     """
     argv, environment = prepare(
         data_dir=data_dir,
@@ -80,11 +87,14 @@ def prepare(
         raise InvalidArgumentError(
             f"the run directory's path is too long: {run_dir}", hint="use a shorter --run-dir"
         )
-    for directory in (data_dir, *(data_dir / name for name in ("images", "tmp", "log"))):
-        directory.mkdir(parents=True, exist_ok=True)
-        directory.chmod(0o700)
-    run_dir.mkdir(parents=True, exist_ok=True, mode=0o755)
-    secret(data_dir / "secret")
+    with usable("data_dir", data_dir):
+        for directory in (data_dir, *(data_dir / name for name in ("images", "tmp", "log"))):
+            directory.mkdir(parents=True, exist_ok=True)
+            directory.chmod(0o700)
+        (data_dir / "pool.lock").touch()
+    with usable("run_dir", run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o755)
+    _refuse_a_second_node(data_dir)
     pool = data_dir / "pool.btrfs"
     make_pool(pool, pool_mib)
     argv = [str(noded), "serve", "--data-dir", str(data_dir), "--run-dir", str(run_dir)]
@@ -124,20 +134,22 @@ def binaries() -> tuple[Path, Path]:
     return noded, agent
 
 
-def secret(path: Path) -> None:
-    """Make the node's secret, 32 random bytes, unless there is one."""
-    if path.exists() and path.stat().st_size == 32:
-        path.chmod(0o600)
+def _refuse_a_second_node(data_dir: Path) -> None:
+    """Look whether a server holds the state. Started all the same, the keeper would clear away what runs there."""
+    import fcntl
+
+    try:
+        file = open(data_dir / "state.db.lock", "rb")  # noqa: SIM115 - closed below
+    except FileNotFoundError:
         return
-    temporary = path.with_name(f".secret.{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(fd, "wb") as file:
-        file.write(secrets.token_bytes(32))
-        file.flush()
-        os.fsync(fd)
-    os.replace(temporary, path)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConflictError(
+                f"another node uses {data_dir}",
+                hint="end that one, or choose another --data-dir (SHOAL_DATA_DIR)",
+            ) from None
 
 
 def make_pool(path: Path, pool_mib: int) -> None:
@@ -147,8 +159,10 @@ def make_pool(path: Path, pool_mib: int) -> None:
 
     Raises:
         HostUnsupportedError: mkfs.btrfs is missing, or the disk is full.
+        NodeUnavailableError: `POOL_DEADLINE` passed; nothing half is left.
     """
-    with _locked(path.with_name("pool.lock")):
+    until = time.monotonic() + POOL_DEADLINE
+    with locked(path.with_name("pool.lock"), until, "making the disk pool"):
         if path.exists():
             return
         mkfs = shutil.which("mkfs.btrfs", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
@@ -173,19 +187,16 @@ def make_pool(path: Path, pool_mib: int) -> None:
                 capture_output=True,
                 text=True,
                 check=False,
+                timeout=POOL_DEADLINE,
             )
             if made.returncode != 0:
                 raise HostUnsupportedError(f"mkfs.btrfs failed: {made.stderr.strip()[-300:]}")
             os.replace(temporary, path)
+        except subprocess.TimeoutExpired as error:
+            raise NodeUnavailableError(
+                f"mkfs.btrfs did not end within {POOL_DEADLINE:g} s",
+                hint=f"does the disk of {path.parent} answer?",
+            ) from error
         finally:
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    import fcntl
-
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

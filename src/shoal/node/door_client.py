@@ -16,6 +16,7 @@ import msgspec
 import structlog
 
 from shoal.errors import NodeUnavailableError, StartFailedError, StartTimeoutError
+from shoal.types import Reason
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +46,8 @@ class Door(Protocol):
 
     on_connect: Callable[[], None]
     """Called whenever a front door is there that was not before; it knows no sandbox yet."""
+    on_lost: Callable[[str, str], None]
+    """Called with the id of a sandbox whose guest agent went away or broke the protocol, and how, for a person."""
 
     async def attach(
         self, sandbox: str, *, socket: str, token: str, process: Process, deadline: float
@@ -57,8 +60,8 @@ class Door(Protocol):
         """
         ...
 
-    async def detach(self, sandbox: str) -> None:
-        """Stop serving a sandbox and end its streams. An unknown id is fine."""
+    async def detach(self, sandbox: str, *, reason: Reason | None = None) -> None:
+        """Stop serving a sandbox and end its streams, which tell `reason`. An unknown id is fine."""
         ...
 
 
@@ -67,14 +70,24 @@ class _Error(msgspec.Struct, frozen=True):
     message: str = ""
 
 
-class _Answer(msgspec.Struct, frozen=True):
-    id: int
+class _Line(msgspec.Struct, frozen=True):
+    """An answer, or an event that nobody asked for."""
+
+    id: int | None = None
+    """Whose answer it is; None: an event, or the answer to a request that the front door could not read."""
     ok: msgspec.Raw = msgspec.Raw()
     error: _Error | None = None
+    event: str | None = None
+    sandbox: str = ""
+    message: str = ""
 
 
 def _ignore_connect() -> None:
     return
+
+
+def _ignore_lost(sandbox: str, _message: str) -> None:
+    log.debug("loss_unheard", sandbox=sandbox)
 
 
 class DoorClient:
@@ -89,13 +102,14 @@ class DoorClient:
         self._last_id = 0
         self._writer: asyncio.StreamWriter | None = None
         self._connected = anyio.Event()
-        self._waiting: dict[int, asyncio.Future[_Answer]] = {}
+        self._waiting: dict[int, asyncio.Future[_Line]] = {}
         self._encode = msgspec.json.Encoder().encode
-        self._decode = msgspec.json.Decoder(_Answer).decode
+        self._decode = msgspec.json.Decoder(_Line).decode
         self.on_connect: Callable[[], None] = _ignore_connect
+        self.on_lost: Callable[[str, str], None] = _ignore_lost
 
     async def run(self) -> None:
-        """Connect, read answers, and connect again when the connection broke. Ends when it is cancelled."""
+        """Connect, read what comes, and connect again when the connection broke. Ends when it is cancelled."""
         pause = _FIRST_PAUSE
         while True:
             try:
@@ -148,19 +162,19 @@ class DoorClient:
                 f"the front door's answer makes no sense: {error}", stage="ready"
             ) from error
 
-    async def detach(self, sandbox: str) -> None:
+    async def detach(self, sandbox: str, *, reason: Reason | None = None) -> None:
         """See `Door`."""
         if self._writer is None:
             return  # a front door that is gone serves nobody
         with anyio.fail_after(_DETACH):
-            await self._call({"op": "detach", "sandbox": sandbox})
+            await self._call({"op": "detach", "sandbox": sandbox, "reason": reason})
 
-    async def _call(self, request: dict[str, Any]) -> _Answer:
+    async def _call(self, request: dict[str, Any]) -> _Line:
         while self._writer is None:
             await self._connected.wait()
         self._last_id += 1
         number = self._last_id
-        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[_Line] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         try:
             self._writer.write(self._encode({"id": number, **request}) + b"\n")
@@ -177,14 +191,29 @@ class DoorClient:
             except asyncio.LimitOverrunError as error:
                 log.error("door_line_too_long", error=str(error))
                 return
-            try:
-                answer = self._decode(line)
-            except msgspec.DecodeError as error:
-                log.error("door_line_unreadable", error=str(error))
-                continue
-            waiter = self._waiting.get(answer.id)
+            self._take(line)
+
+    def _take(self, data: bytes) -> None:
+        try:
+            line = self._decode(data)
+        except msgspec.DecodeError as error:
+            log.error("door_line_unreadable", error=str(error))
+            return
+        if line.id is not None:
+            waiter = self._waiting.get(line.id)
             if waiter is not None and not waiter.done():
-                waiter.set_result(answer)
+                waiter.set_result(line)
+        elif line.event == "sandbox_lost":
+            try:
+                self.on_lost(line.sandbox, line.message)
+            except Exception:  # the reader must live on whatever one sandbox's story is
+                log.exception("loss_unhandled", sandbox=line.sandbox)
+        elif line.event is not None:
+            log.warning("door_event_unknown", door_event=line.event)
+        else:
+            # Whose request it was is not said; the caller's own deadline ends its wait.
+            fault = line.error or _Error("unknown")
+            log.error("door_request_refused", code=fault.code, error=fault.message)
 
     def _disconnect(self) -> None:
         if self._writer is not None:

@@ -60,6 +60,8 @@ _DESTROY_DEADLINE = 30.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 15.0
 _HOUSEKEEPING = 5.0
 _FIRST_GENERATION = 1
+_LAST_WORDS = 1.0
+"""Seconds for which the keeper's account of an exit is waited for once the front door has lost a guest agent."""
 
 
 class Images(Protocol):
@@ -75,13 +77,13 @@ class Images(Protocol):
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How patient the engine is, in seconds, and how much it does at once."""
+    """How patient the engine is, in seconds, and how much it does at once; `Settings` has the defaults."""
 
-    start_timeout: float = 10.0
-    stop_timeout: float = 30.0
-    create_concurrency: int = 4
-    keep_ended: float = 86_400.0
-    max_ended: int = 100_000
+    start_timeout: float
+    stop_timeout: float
+    create_concurrency: int
+    keep_ended: float
+    max_ended: int
 
 
 class _Live:
@@ -123,7 +125,7 @@ class Engine:
         state: StateStore,
         admission: Admission,
         secret: NodeSecret,
-        config: EngineConfig | None = None,
+        config: EngineConfig,
         slots: Slots | None = None,
     ) -> None:
         self._keeper = keeper
@@ -132,7 +134,7 @@ class Engine:
         self._state = state
         self._admission = admission
         self._secret = secret
-        self._config = config or EngineConfig()
+        self._config = config
         self._slots = slots or Slots()
         self._live: dict[str, _Live] = {}
         self._unsaved: dict[str, Record] = {}
@@ -158,6 +160,7 @@ class Engine:
         await self._tasks.__aenter__()
         self._keeper.on_exit = self._on_exit
         self._door.on_connect = self._on_door
+        self._door.on_lost = self._on_lost
         self._tasks.start_soon(self._keep_house)
         return self
 
@@ -390,7 +393,7 @@ class Engine:
                 deadline=self._config.start_timeout,
             )
         live.socket = created.socket
-        live.undo.push_async_callback(self._detach, record.id)
+        live.undo.push_async_callback(self._detach, live)
         await self._attach(live, max(0.001, deadline - time.monotonic()))
         # An end that was asked for in the meantime may not have reached us yet; it must not be passed by.
         await anyio.lowlevel.checkpoint_if_cancelled()
@@ -487,12 +490,12 @@ class Engine:
             log.exception("teardown_incomplete", sandbox=live.record.id)
         self._apply(live, TornDown())
 
-    async def _detach(self, sandbox: str) -> None:
+    async def _detach(self, live: _Live) -> None:
         try:
-            await self._door.detach(sandbox)
+            await self._door.detach(live.record.id, reason=live.life.reason)
         except (ShoalError, TimeoutError) as error:
             # Its streams end anyway when the sandbox does.
-            log.warning("detach_failed", sandbox=sandbox, error=str(error))
+            log.warning("detach_failed", sandbox=live.record.id, error=str(error))
 
     async def _destroy(self, sandbox: str) -> None:
         """Have the keeper remove a sandbox; tries until it is gone, for nothing it holds may be given on before."""
@@ -526,6 +529,20 @@ class Engine:
             return
         self._apply(live, event)
 
+    def _on_lost(self, sandbox: str, message: str) -> None:
+        live = self._live.get(sandbox)
+        if live is None:
+            log.debug("loss_of_unknown", sandbox=sandbox)
+            return
+        self._tasks.start_soon(self._end_lost, live, f"its guest agent was lost: {message}")
+
+    async def _end_lost(self, live: _Live, message: str) -> None:
+        # A guest agent that died is lost to the front door too, often a moment before the keeper says
+        # what it died of; that account is the better one, and it alone tells an OOM kill.
+        with anyio.move_on_after(_LAST_WORDS):
+            await live.gone.wait()
+        self._apply(live, EndRequested(Reason.LOST, message))
+
     def _on_door(self) -> None:
         for live in list(self._live.values()):
             if live.life.status in (Status.RUNNING, Status.PAUSED):
@@ -542,7 +559,7 @@ class Engine:
         else:
             if live.life.status not in (Status.RUNNING, Status.PAUSED):
                 # It ended meanwhile, and its own detach was before.
-                await self._detach(live.record.id)
+                await self._detach(live)
 
     async def _keep_house(self) -> None:
         pruned = -_LONGEST_PAUSE

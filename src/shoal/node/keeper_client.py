@@ -384,6 +384,10 @@ class KeeperLayers:
         except KeeperError as error:
             if error.fault.code == "bad_layer":
                 raise ImageError(error.fault.message or "layer refused") from error
+            if error.fault.code == "deadline_exceeded":
+                raise DeadlineExceededError(
+                    f"the layer was not unpacked within {deadline:g} s", op="layer_unpack"
+                ) from error
             if error.is_full:
                 raise ResourceExhaustedError(
                     "the disk pool has no room for the layer",

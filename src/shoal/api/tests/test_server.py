@@ -24,6 +24,8 @@ import pytest
 
 from shoal.node.keeper_client import MAX_PACKET
 from shoal.node.tests.fakes import until
+from shoal.settings import Settings
+from shoal.types import SandboxSpec
 
 
 class KeeperPeer:
@@ -62,6 +64,8 @@ class KeeperPeer:
                     "pool": pool,
                     "walls": {"x": 1},
                 }
+            case "claim_ids":
+                return {"first": 0, "count": 64}
             case "create":
                 self.held.add(request["sandbox"])
                 assert request["spec"]["root"]["layers"]
@@ -233,11 +237,11 @@ async def test_an_idle_node_leaves_and_a_busy_one_stays(tmp_path: Path) -> None:
     async with server(tmp_path, "--idle-exit", "0.6") as one, one.client() as client:
         await add_image(client)
         sandbox = await create(client, timeout=1.5)
-        await anyio.sleep(1.2)
-        assert one.process.returncode is None
-        assert one.keeper.held == {sandbox}
         assert await one.exit_code() == 0
+        # Its own timeout ended it, long after the node would have left if it were idle.
         assert one.records() == {sandbox: ("stopped", "timeout")}
+        events = [line["event"] for line in await one.log()]
+        assert events.index("sandbox_stopped") < events.index("idle_for_long")
 
 
 async def test_requests_that_meet_the_exit_are_whole_or_refused(tmp_path: Path) -> None:
@@ -331,6 +335,52 @@ async def test_an_option_that_makes_no_sense(
         assert await one.exit_code() == code
         assert word in text
         assert "Traceback" not in text
+
+
+LIBRARY = """
+import logging, sys, warnings
+from shoal.api.server import configure_log
+configure_log("info", sys.stderr)
+configure_log("debug", sys.stderr)
+token = "".join(["sec", "ret"])
+try:
+    token.index("x")
+except ValueError:
+    logging.getLogger("aiohttp.server").exception("error %s a request", "handling")
+logging.getLogger("asyncio").info("of no importance")
+warnings.warn("old")
+"""
+
+
+async def test_what_libraries_log_is_a_line_of_json_with_message_and_traceback() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", LIBRARY),
+        env={"PYTHONPATH": ":".join(entry for entry in sys.path if entry)},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, text = await process.communicate()
+    assert process.returncode == 0
+    failed, warned = (json.loads(line) for line in text.decode().splitlines())
+    assert (failed["logger"], failed["level"]) == ("aiohttp.server", "error")
+    assert failed["event"] == "error handling a request"
+    assert failed["timestamp"]
+    assert "ValueError: substring not found" in failed["exception"]
+    assert "Traceback" in failed["exception"]
+    assert "secret" not in text.decode()
+    assert "UserWarning: old" in warned["event"]
+
+
+def test_the_defaults_of_the_settings_are_those_of_the_spec(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [name for name in os.environ if name.startswith("SHOAL_")]:
+        monkeypatch.delenv(name)
+    settings = Settings()
+    spec = SandboxSpec()
+    names = [name for name in Settings.model_fields if name.startswith("default_")]
+    assert len(names) == 6
+    for name in names:
+        assert getattr(settings, name) == getattr(spec, name.removeprefix("default_")), name
 
 
 async def test_without_a_keeper_it_says_who_starts_it(tmp_path: Path) -> None:

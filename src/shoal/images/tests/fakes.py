@@ -28,6 +28,8 @@ class FakeLayers:
         self.hold: anyio.Event | None = None
         self.waiting = anyio.Event()
         self.fail_commit = False
+        self.dropped: dict[str, int] = {}
+        """Counts of an `UnpackedLayer`, the same for each."""
 
     async def unpack(
         self,
@@ -68,6 +70,7 @@ class FakeLayers:
             bytes=size,
             compression=compression,
             unterminated=unterminated,
+            **self.dropped,
         )
 
     async def commit(self, name: str, diff_id: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
+from structlog.testing import capture_logs
 
 from shoal.errors import ConflictError, ImageNotFoundError, InternalError, InvalidArgumentError
 from shoal.images import ImageStore
@@ -28,6 +29,18 @@ async def put(store: ImageStore, tmp_path: Path, name: str, layers: list[bytes])
 
 def ids(*layers: bytes) -> list[str]:
     return sorted(sha256(one)[7:] for one in layers)
+
+
+async def test_an_import_tells_what_was_left_out_of_the_layers_that_it_unpacked(
+    store: ImageStore, layers: FakeLayers, tmp_path: Path
+) -> None:
+    layers.dropped = {"special_skipped": 1, "set_id_dropped": 2, "xattrs_dropped": 3}
+    keys = ("layers", *layers.dropped)
+    with capture_logs() as logged:
+        await put(store, tmp_path, "two", [A, B])
+        await put(store, tmp_path, "one", [A])
+    told = [[one[key] for key in keys] for one in logged if one["event"] == "image_imported"]
+    assert told == [[2, 2, 4, 6], [1, 0, 0, 0]]
 
 
 async def test_an_unknown_image_is_told_with_what_there_is(

@@ -92,8 +92,6 @@ def test_many_who_ask_at_once_start_one_node(home: Path, monkeypatch: pytest.Mon
     (home / "data" / "stop").touch()
     assert node.answers(home / "run" / "shoal.sock")
     assert (home / "data").stat().st_mode & 0o777 == 0o700
-    secret = home / "data" / "secret"
-    assert (secret.stat().st_size, secret.stat().st_mode & 0o777) == (32, 0o600)
     pool = (home / "data" / "pool.btrfs").stat()
     assert pool.st_size == 300 << 20
     assert pool.st_blocks * 512 < 50 << 20
