@@ -170,11 +170,23 @@ impl Agent {
         fds.count()
     }
 
-    /// CPU time used, in clock ticks.
-    pub fn cpu_ticks(&self) -> u64 {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    /// Waits until the agent has slept through a stretch of time: one that has something to do never does.
+    pub fn rests(&self, stretch: Duration) {
+        eventually("the agent sleeps", || {
+            let before = self.sleeps();
+            std::thread::sleep(stretch);
+            before.is_some() && before == self.sleeps()
+        });
+    }
+
+    /// How often the agent has gone to sleep so far; `None` when it is awake.
+    fn sleeps(&self) -> Option<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+            line.split_whitespace().nth(1).unwrap().to_owned()
+        };
+        (field("State:") == "S").then(|| field("voluntary_ctxt_switches:").parse().unwrap())
     }
 }
 
@@ -427,6 +439,23 @@ pub fn noise(length: usize, mut seed: u64) -> Vec<u8> {
     }
     bytes.truncate(length);
     bytes
+}
+
+/// What holds a script up until the test opens it.
+pub struct Gate(PathBuf);
+
+impl Gate {
+    pub fn new(agent: &Agent) -> Self {
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        Self(agent.scratch.0.join(format!("gate-{number}")))
+    }
+    /// A shell command that waits here.
+    pub fn wait(&self) -> String {
+        format!("until [ -e {} ]; do sleep 0.02; done", self.0.display())
+    }
+    pub fn open(&self) {
+        std::fs::write(&self.0, "").unwrap();
+    }
 }
 
 /// Waits until something holds.

@@ -14,10 +14,6 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{ReadHalf, WriteHalf};
 use tokio::time::{Instant, sleep, timeout_at};
 
-/// How long a broken connection may stay broken; within this time the node may also say that it
-/// ended the sandbox itself.
-const GRACE: Duration = Duration::from_millis(500);
-
 /// Pauses before the attempts to connect again.
 const RETRY_AFTER: [Duration; 3] = [Duration::from_millis(5), Duration::from_millis(50), Duration::from_millis(150)];
 
@@ -113,8 +109,17 @@ impl fmt::Display for Break {
 
 /// Serves `link` over `stream` until the link is ended, by the node or because the agent is lost.
 ///
+/// A broken connection may stay broken for `grace`; within this time the node may also say that it ended the sandbox
+/// itself.
+///
 /// Returns why it is lost, or `None` when the node ended it.
-pub async fn serve(link: Arc<Link>, socket: PathBuf, mut stream: UnixStream, generation: u64) -> Option<String> {
+pub async fn serve(
+    link: Arc<Link>,
+    socket: PathBuf,
+    mut stream: UnixStream,
+    generation: u64,
+    grace: Duration,
+) -> Option<String> {
     let mut breaks: VecDeque<Instant> = VecDeque::new();
     loop {
         link.up();
@@ -133,7 +138,7 @@ pub async fn serve(link: Arc<Link>, socket: PathBuf, mut stream: UnixStream, gen
             breaks.pop_front();
         }
         let hopeless = matches!(broken, Break::Violated(_)) || breaks.len() > MAX_BREAKS;
-        let deadline = now + GRACE;
+        let deadline = now + grace;
         let again = tokio::select! {
             again = reconnect(&socket, deadline, generation), if !hopeless => again,
             () = link.ended() => return None,

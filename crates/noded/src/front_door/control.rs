@@ -207,7 +207,7 @@ async fn watch(
     stream: UnixStream,
     generation: u64,
 ) {
-    let Some(why) = connection::serve(Arc::clone(&link), socket, stream, generation).await else { return };
+    let Some(why) = connection::serve(Arc::clone(&link), socket, stream, generation, door.grace).await else { return };
     door.registry.remove_link(&sandbox, &link);
     log::warning("sandbox_lost", &[("sandbox", sandbox.clone().into()), ("why", why.clone().into())]);
     door.tell_peers(&json!({"event": "sandbox_lost", "sandbox": sandbox, "message": why}).to_string());

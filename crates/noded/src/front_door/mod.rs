@@ -42,6 +42,9 @@ const RESERVED_DESCRIPTORS: u64 = 64;
 /// How often free memory is given back.
 const TRIM_EVERY: Duration = Duration::from_secs(30);
 
+/// How long a broken connection to an agent may stay broken.
+const GRACE: Duration = Duration::from_millis(500);
+
 /// What the front door works with; the keeper opens all of it.
 #[derive(Debug)]
 pub struct Config {
@@ -55,12 +58,21 @@ pub struct Config {
     pub max_connections: usize,
     /// How long a client may take to send the head of a request, and how long its connection may be idle.
     pub header_timeout: Duration,
+    /// How long a broken connection to an agent may stay broken before its sandbox is lost.
+    pub grace: Duration,
 }
 
 impl Config {
     /// The usual limits.
     pub fn new(public: Vec<OwnedFd>, control: OwnedFd, server_socket: PathBuf) -> Self {
-        Self { public, control, server_socket, max_connections: 16_384, header_timeout: Duration::from_mins(1) }
+        Self {
+            public,
+            control,
+            server_socket,
+            max_connections: 16_384,
+            header_timeout: Duration::from_mins(1),
+            grace: GRACE,
+        }
     }
 }
 
@@ -71,6 +83,7 @@ struct Door {
     connections: Arc<Semaphore>,
     refusals: Arc<Semaphore>,
     header_timeout: Duration,
+    grace: Duration,
     peers: Mutex<Vec<Peer>>,
 }
 
@@ -111,6 +124,7 @@ fn start(config: Config) -> io::Result<std::convert::Infallible> {
             connections: Arc::new(Semaphore::new(max_connections)),
             refusals: Arc::new(Semaphore::new(max_connections.min(64))),
             header_timeout: config.header_timeout,
+            grace: config.grace,
             peers: Mutex::new(Vec::new()),
         });
         for descriptor in config.public {

@@ -29,6 +29,8 @@ struct Tracked {
     place: u64,
     /// Pieces on their way: where each ends in the socket, and the offsets of stdout and stderr after it.
     marks: VecDeque<(u64, [u64; 2])>,
+    /// The offsets of the last piece that the socket has taken.
+    reached: Option<[u64; 2]>,
     /// All pieces are handed over; the channel stays open until they are written.
     finished: Option<Channel>,
 }
@@ -36,12 +38,19 @@ struct Tracked {
 impl Tracked {
     /// The socket has taken everything before `place`.
     fn reach(&mut self, place: u64) {
-        let mut reached = None;
+        let waiting = self.marks.len();
         while let Some((_, offsets)) = self.marks.front().filter(|(end, _)| *end <= place) {
-            reached = Some(*offsets);
+            self.reached = Some(*offsets);
             self.marks.pop_front();
         }
-        if let Some(offsets) = reached {
+        if self.marks.len() < waiting {
+            self.tell();
+        }
+    }
+
+    /// Tells how far the socket has got.
+    fn tell(&self) {
+        if let Some(offsets) = self.reached {
             self.acknowledger.consumed(offsets);
         }
     }
@@ -60,7 +69,7 @@ impl Outlet {
     pub fn begin(&self, acknowledger: Acknowledger) {
         let mut state = self.lock();
         let place = state.written + HEAD;
-        state.stream = Some(Tracked { acknowledger, place, marks: VecDeque::new(), finished: None });
+        state.stream = Some(Tracked { acknowledger, place, marks: VecDeque::new(), reached: None, finished: None });
     }
 
     /// A piece of this length goes out next; `offsets` are reached when it is written.
@@ -101,6 +110,8 @@ impl Outlet {
         let Some(stream) = &mut state.stream else { return };
         stream.reach(u64::MAX);
         if stream.finished.is_some() {
+            // While the command ran a few bytes were not worth a word; after its end each one is.
+            stream.tell();
             state.stream = None;
         }
     }

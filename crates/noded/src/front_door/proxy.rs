@@ -8,13 +8,16 @@ use hyper::client::conn::http1::{self, SendRequest};
 use hyper::header::{
     CONNECTION, HeaderMap, HeaderName, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
 };
-use hyper::{Request, Response};
+use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
+use std::io::{self, IoSlice};
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -43,13 +46,62 @@ pub struct Proxy {
 /// Connections that nobody uses, each with the time since when; the last one is used next.
 #[derive(Default)]
 struct Pool {
-    connections: Vec<(Instant, SendRequest<Watched>)>,
+    connections: Vec<(Instant, Connection)>,
     sweeping: bool,
+}
+
+/// A connection to the Python server.
+struct Connection {
+    sender: SendRequest<Watched>,
+    /// Something was read since this was last cleared.
+    heard: Arc<AtomicBool>,
+    /// It has served a request before, so the server may have closed it just now.
+    reused: bool,
+}
+
+/// A connection's socket, which notes that the server said something.
+struct Ear {
+    inner: UnixStream,
+    heard: Arc<AtomicBool>,
+}
+
+impl AsyncRead for Ear {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = into.filled().len();
+        let polled = Pin::new(&mut self.inner).poll_read(cx, into);
+        if into.filled().len() > before {
+            self.heard.store(true, Ordering::Relaxed);
+        }
+        polled
+    }
+}
+
+impl AsyncWrite for Ear {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(cx, bytes)
+    }
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write_vectored(cx, slices)
+    }
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
 }
 
 /// A request's body, with the time at which it was last moved.
 pub struct Watched {
-    body: Incoming,
+    /// `None`: there are no bytes.
+    body: Option<Incoming>,
     moved: Arc<Mutex<Instant>>,
 }
 
@@ -57,17 +109,18 @@ impl HttpBody for Watched {
     type Data = Bytes;
     type Error = hyper::Error;
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        let Some(body) = &mut self.body else { return Poll::Ready(None) };
+        let polled = Pin::new(body).poll_frame(cx);
         if polled.is_ready() {
             *self.moved.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         }
         polled
     }
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.body.as_ref().is_none_or(HttpBody::is_end_stream)
     }
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        self.body.as_ref().map_or_else(|| SizeHint::with_exact(0), HttpBody::size_hint)
     }
 }
 
@@ -78,6 +131,12 @@ impl Proxy {
     }
 
     /// Passes a request on and its answer back.
+    ///
+    /// A server may close an idle connection just as the next request goes out on it. A request that was not written
+    /// at all takes another connection. One that was, and of which nobody knows whether the server saw it, is sent
+    /// once more, on a fresh connection, if it has no body and repeating it does no harm.
+    ///
+    /// Source: RFC 9110, 9.2.2; RFC 9112, 9.3.1.
     pub async fn forward(self: &Arc<Self>, request: Request<Incoming>) -> Result<Response<Body>, Problem> {
         let (mut parts, body) = request.into_parts();
         drop_hop_by_hop(&mut parts.headers);
@@ -87,43 +146,56 @@ impl Proxy {
             parts.uri = path.into();
         }
         let moved = Arc::new(Mutex::new(Instant::now()));
+        let body = (!body.is_end_stream()).then_some(body);
+        let mut again = (body.is_none() && repeats_safely(&parts.method)).then(|| parts.clone());
         let mut request = Request::from_parts(parts, Watched { body, moved: Arc::clone(&moved) });
+        let mut fresh = false;
         loop {
-            let (mut sender, reused) = self.sender().await?;
+            let mut connection = if fresh { self.connect().await? } else { self.connection().await? };
+            connection.heard.store(false, Ordering::Relaxed);
             let answer = tokio::select! {
-                answer = sender.try_send_request(request) => answer,
+                answer = connection.sender.try_send_request(request) => answer,
                 () = silence(&moved) => return Err(Problem::node_unavailable("the node's server does not answer")),
             };
             match answer {
                 Ok(response) => {
-                    self.keep(sender);
+                    self.keep(connection);
                     let (mut parts, body) = response.into_parts();
                     drop_hop_by_hop(&mut parts.headers);
                     return Ok(Response::from_parts(parts, Body::Proxied(body)));
                 }
-                Err(mut error) => match error.take_message() {
-                    // An idle connection that the server had closed; nothing was sent.
-                    Some(unsent) if reused => request = unsent,
-                    _ => {
+                Err(mut error) => {
+                    let unsent = error.take_message().filter(|_| connection.reused);
+                    let silent = connection.reused && !connection.heard.load(Ordering::Relaxed);
+                    if let Some(unsent) = unsent {
+                        request = unsent;
+                    } else if let Some(parts) = again.take_if(|_| silent) {
+                        request = Request::from_parts(parts, Watched { body: None, moved: Arc::clone(&moved) });
+                        fresh = true;
+                    } else {
                         let error = error.into_error();
                         let detail = format!("the node's server broke off: {error}");
                         return Err(Problem::node_unavailable(detail));
                     }
-                },
+                }
             }
         }
     }
 
-    /// A connection that is ready, and whether it has been used before.
-    async fn sender(&self) -> Result<(SendRequest<Watched>, bool), Problem> {
+    /// A connection that is ready: an idle one, or else a fresh one.
+    async fn connection(&self) -> Result<Connection, Problem> {
         loop {
             let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).connections.pop();
             match idle {
-                Some((_, sender)) if sender.is_ready() => return Ok((sender, true)),
+                Some((_, connection)) if connection.sender.is_ready() => return Ok(connection),
                 Some(_) => {}
-                None => break,
+                None => return self.connect().await,
             }
         }
+    }
+
+    /// A fresh connection.
+    async fn connect(&self) -> Result<Connection, Problem> {
         let failed = |error: &dyn std::fmt::Display| {
             Problem::node_unavailable(format!("the node's server cannot be reached: {error}"))
         };
@@ -142,24 +214,27 @@ impl Proxy {
             .await
             .map_err(|_| Problem::node_unavailable("the node's server does not accept connections"))?
             .map_err(|error| failed(&error))?;
-        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| failed(&error))?;
+        let heard = Arc::new(AtomicBool::new(false));
+        let ear = Ear { inner: stream, heard: Arc::clone(&heard) };
+        let (sender, connection) = http1::handshake(TokioIo::new(ear)).await.map_err(|error| failed(&error))?;
         tokio::spawn(async move {
             // What breaks here is told to whoever waits for the answer.
             let _ = connection.await;
         });
-        Ok((sender, false))
+        Ok(Connection { sender, heard, reused: false })
     }
 
     /// Keeps a connection for the next request, once this one's answer has been read.
-    fn keep(self: &Arc<Self>, mut sender: SendRequest<Watched>) {
+    fn keep(self: &Arc<Self>, mut connection: Connection) {
         let proxy = Arc::clone(self);
         tokio::spawn(async move {
-            if sender.ready().await.is_err() {
+            if connection.sender.ready().await.is_err() {
                 return;
             }
+            connection.reused = true;
             let mut idle = proxy.idle.lock().unwrap_or_else(PoisonError::into_inner);
             if idle.connections.len() < POOL {
-                idle.connections.push((Instant::now(), sender));
+                idle.connections.push((Instant::now(), connection));
                 if !std::mem::replace(&mut idle.sweeping, true) {
                     tokio::spawn(Self::sweep(Arc::clone(&proxy)));
                 }
@@ -179,6 +254,11 @@ impl Proxy {
             }
         }
     }
+}
+
+/// Repeating a request of this method does what doing it once does: those that the server has of RFC 9110, 9.2.2.
+fn repeats_safely(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::DELETE)
 }
 
 /// Waits until nothing has moved for [`ANSWER_DEADLINE`].

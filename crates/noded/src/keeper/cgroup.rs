@@ -103,6 +103,8 @@ impl Cgroups {
                     // There without swap accounting it is not; with it, memory plus swap may not be more.
                     ignore_missing(write(dir, "memory.memsw.limit_in_bytes", limit))?;
                 }
+                // Buffers of TCP and UDP are counted apart, and not at all without a limit. They come on top.
+                ignore_missing(write(work, "memory.kmem.tcp.limit_in_bytes", memory / 8))?;
             }
             (Version::V2, "memory") => {
                 for (dir, limit) in [(group, memory + AGENT_MEMORY), (work, memory)] {

@@ -150,6 +150,9 @@ struct LoopDevice {
 ///
 /// A second device over the same file would be a second, unaware owner of one file system.
 fn attach_loop(file: &str) -> Result<LoopDevice> {
+    // As the kernel names it, for the comparison below.
+    let file = std::fs::canonicalize(file).map_err(|error| Error::io("realpath", file, &error))?;
+    let file = &*file.to_string_lossy();
     let backing = sys::open(file, libc::O_RDWR)?;
     let meta = std::fs::metadata(format!("/proc/self/fd/{}", backing.as_raw_fd()))
         .map_err(|error| Error::io("stat", file, &error))?;

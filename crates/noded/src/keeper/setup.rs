@@ -29,8 +29,8 @@ pub struct Node {
     pub run_dir: String,
     pub landlock: bool,
     run: OwnedFd,
-    /// Held for as long as the keeper lives: one node a run directory.
-    _lock: OwnedFd,
+    /// Held for as long as the keeper lives: one node a run directory, and one a data directory.
+    _locks: [OwnedFd; 2],
     _favor: Option<OwnedFd>,
 }
 
@@ -45,7 +45,13 @@ pub fn node(options: &Options) -> Result<Node> {
     close_on_exec()?;
     let ids = Ids::open("/run/shoal-ids.lock")?;
     let run = sys::open(&options.run_dir, libc::O_RDONLY | libc::O_DIRECTORY)?;
-    let lock = lock(&options.run_dir)?;
+    let run_lock = lock(&options.run_dir)?;
+    // Before the group is emptied and the pool mounted: both may be a live node's. By its real name, whatever the caller
+    // called it.
+    let data_dir =
+        std::fs::canonicalize(&options.data_dir).map_err(|error| Error::io("realpath", &options.data_dir, &error))?;
+    let data_dir = data_dir.to_string_lossy().into_owned();
+    let data_lock = lock(&data_dir)?;
     // The front door has to pass through it; what it holds is closed to others one by one.
     std::fs::set_permissions(&options.run_dir, std::fs::Permissions::from_mode(0o711))
         .map_err(|error| Error::io("chmod", &options.run_dir, &error))?;
@@ -64,7 +70,7 @@ pub fn node(options: &Options) -> Result<Node> {
         }
     }
     let agent = processes::seal_agent(&options.agent)?;
-    let group = format!("shoal-{:08x}", hash(options.data_dir.as_bytes()));
+    let group = format!("shoal-{:08x}", hash(data_dir.as_bytes()));
     let cgroups = Cgroups::open(&group).map_err(|error| error.at("cgroup"))?;
     let favor = cgroup::favor_moves();
     if let Err(error) = &favor {
@@ -89,9 +95,9 @@ pub fn node(options: &Options) -> Result<Node> {
         .map_err(|error| error.at("server"))?;
     drop((keeper_end, server_listener));
 
-    let devices = small_root(&options.run_dir, &pool_mount).map_err(|error| error.at("root"))?;
+    small_root(&options.run_dir, &pool_mount).map_err(|error| error.at("root"))?;
     let pool = Pool::take("/pool").map_err(|error| error.at("pool"))?;
-    let native = Native::new(agent, devices, agents)?;
+    let native = Native::new(agent, agents)?;
     log("started", &serde_json::json!({ "data_dir": options.data_dir, "run_dir": options.run_dir, "group": group }));
     Ok(Node {
         epoll: Epoll::new()?,
@@ -106,7 +112,7 @@ pub fn node(options: &Options) -> Result<Node> {
         run_dir: options.run_dir.clone(),
         landlock,
         run,
-        _lock: lock,
+        _locks: [run_lock, data_lock],
         _favor: favor.ok(),
     })
 }
@@ -161,7 +167,7 @@ pub fn kernel_release() -> String {
 /// Leaves the host's file system for a tmpfs with nothing in it but what sandboxes are made from.
 ///
 /// Every sandbox starts with a copy of the keeper's mounts, so four of them are also faster than the host's.
-fn small_root(run_dir: &str, pool: &OwnedFd) -> Result<OwnedFd> {
+fn small_root(run_dir: &str, pool: &OwnedFd) -> Result<()> {
     let context = FsContext::open("tmpfs")?;
     context.set("source", "shoal")?;
     context.set("size", "1m")?;
@@ -170,9 +176,7 @@ fn small_root(run_dir: &str, pool: &OwnedFd) -> Result<OwnedFd> {
     for name in ["proc", "pool", "dev"] {
         sys::mkdirat(root.as_fd(), name, 0o755)?;
     }
-    for path in [native::EMPTY_DIR, native::NEW_ROOT] {
-        sys::mkdirat(root.as_fd(), path.to_string_lossy().trim_start_matches('/'), 0o555)?;
-    }
+    sys::mkdirat(root.as_fd(), native::NEW_ROOT.to_string_lossy().trim_start_matches('/'), 0o555)?;
     let devices = native::device_mount()?;
     let proc =
         FsContext::open("proc")?.mount(sys::MOUNT_ATTR_NOSUID | sys::MOUNT_ATTR_NODEV | sys::MOUNT_ATTR_NOEXEC)?;
@@ -192,8 +196,7 @@ fn small_root(run_dir: &str, pool: &OwnedFd) -> Result<OwnedFd> {
         }
     }
     std::env::set_current_dir("/").map_err(|error| Error::io("chdir", "/", &error))?;
-    sys::mount_setattr(root.as_fd(), sys::MOUNT_ATTR_RDONLY, None)?;
-    Ok(devices)
+    sys::mount_setattr(root.as_fd(), sys::MOUNT_ATTR_RDONLY, None)
 }
 
 /// Whatever the keeper was started with is nobody else's.
@@ -205,16 +208,16 @@ fn close_on_exec() -> Result<()> {
     Ok(())
 }
 
-fn lock(run_dir: &str) -> Result<OwnedFd> {
+fn lock(dir: &str) -> Result<OwnedFd> {
     let file = std::fs::OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(false)
-        .open(format!("{run_dir}/node.lock"))
+        .open(format!("{dir}/node.lock"))
         .map_err(|error| Error::io("open", "node.lock", &error))?;
     // SAFETY: an open descriptor.
     if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } < 0 {
-        return Err(Error::other("conflict", format!("a node already runs in {run_dir}")));
+        return Err(Error::other("conflict", format!("another node uses {dir}")));
     }
     Ok(file.into())
 }

@@ -11,16 +11,23 @@ use super::sys;
 ///
 /// A child is born in it, waits, and is ended once the namespace is held by its descriptor.
 pub fn make(maps: &[IdMapping]) -> Result<OwnedFd> {
-    // SAFETY: the child only waits for the signal that ends it.
-    let Some((pid, pidfd)) = (unsafe { sys::fork(libc::CLONE_NEWUSER) })? else {
-        loop {
-            // SAFETY: no arguments. If the keeper dies, init adopts a process that owns nothing: end with it.
-            unsafe {
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                libc::pause();
-            }
+    // The kernel charges inotify instances, queued signals and POSIX message queues of all users of the namespace to
+    // the user who made it, too: one whom nobody else is, or one sandbox could take what the host's root may have.
+    let owner = maps.first().map_or(0, |map| map.host_id);
+    let (pid, pidfd) = sys::as_user(owner, || {
+        // SAFETY: the child only waits for the signal that ends it.
+        match unsafe { sys::fork(libc::CLONE_NEWUSER) }? {
+            Some(child) => Ok(child),
+            None => loop {
+                // If the keeper dies, init adopts a process that owns nothing: end with it.
+                // SAFETY: no arguments.
+                unsafe {
+                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                    libc::pause();
+                }
+            },
         }
-    };
+    })?;
     let result = map(pid, maps);
     sys::pidfd_kill(pidfd.as_fd(), libc::SIGKILL)?;
     sys::wait(pid);

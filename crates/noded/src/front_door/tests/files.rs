@@ -8,7 +8,6 @@ use shoal_wire::{
 };
 use std::io::Write as _;
 use std::sync::mpsc;
-use std::time::Duration;
 
 fn info(path: &str, size: u64) -> FileInfo {
     FileInfo {
@@ -124,6 +123,7 @@ fn an_upload_whose_client_goes_away_is_cancelled() {
     door.agent(move |mut agent| {
         let (channel, ..) = agent.expect(Kind::FileWrite);
         agent.expect(Kind::Data);
+        tell.send(true).unwrap();
         let (cancelled, ..) = agent.expect(Kind::Cancel);
         tell.send(channel == cancelled).unwrap();
         agent.idle();
@@ -131,7 +131,7 @@ fn an_upload_whose_client_goes_away_is_cancelled() {
     let mut client = door.client();
     client.send("PUT", &format!("/v1/sandboxes/{SANDBOX}/files/content?path=/a"), "Content-Length: 100\r\n");
     client.raw("half");
-    std::thread::sleep(Duration::from_millis(50));
+    told.recv_timeout(super::PATIENCE).unwrap();
     drop(client);
     assert!(told.recv_timeout(super::PATIENCE).unwrap());
 }

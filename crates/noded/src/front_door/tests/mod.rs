@@ -27,7 +27,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// No wait in a test is longer.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -42,6 +42,11 @@ pub struct TestDoor {
 impl TestDoor {
     pub fn start() -> Self {
         Self::with(|_| {})
+    }
+
+    /// One that gives agents all the time they want to connect again.
+    pub fn patient() -> Self {
+        Self::with(|config| config.grace = PATIENCE)
     }
 
     pub fn with(change: impl FnOnce(&mut Config)) -> Self {
@@ -108,6 +113,14 @@ pub fn listen(socket: &Path, mut script: impl FnMut(AgentConn) + Send + 'static)
             script(conn);
         }
     })
+}
+
+/// Tries something until it holds.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "never: {what}");
+    }
 }
 
 /// The agent's end of a connection.
@@ -318,6 +331,29 @@ impl Client {
         self.reader.read_exact(&mut chunk).ok()?;
         chunk.truncate(length);
         Some(chunk)
+    }
+
+    /// Chunks of a body, up to the one in which `last` is.
+    pub fn chunks_until(&mut self, last: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while !bytes.windows(last.len()).any(|window| window == last) {
+            let chunk = self.chunk().expect("a chunk");
+            assert!(!chunk.is_empty(), "the body ended without {last:?}");
+            bytes.extend(chunk);
+        }
+        bytes
+    }
+
+    /// The chunks that follow, to the end of the body.
+    pub fn rest(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        loop {
+            let chunk = self.chunk().expect("a chunk");
+            if chunk.is_empty() {
+                return bytes;
+            }
+            bytes.extend(chunk);
+        }
     }
 
     pub fn answer(&mut self) -> Answer {

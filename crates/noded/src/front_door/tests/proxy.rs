@@ -1,10 +1,10 @@
 //! What is passed on to the Python server.
 
-use super::{Client, SANDBOX, TestDoor};
+use super::{Client, SANDBOX, TestDoor, eventually};
 use std::io::{BufReader, Read as _, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::mpsc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, mpsc};
 
 /// A server that hands each connection to `script`.
 fn server(door: &TestDoor, mut script: impl FnMut(Client) + Send + 'static) {
@@ -35,18 +35,123 @@ fn request_head(client: &mut Client) -> (String, String) {
     }
 }
 
+/// A server that hands each request to `script` with its number on its connection, which ends when that returns false
+/// or the door closes it. Connections are served side by side: when one is free again only the door knows.
+fn each_request(
+    door: &TestDoor,
+    script: impl Fn(u32, &(String, String), &mut Client) -> bool + Clone + Send + 'static,
+) {
+    server(door, move |mut conn| {
+        let script = script.clone();
+        std::thread::spawn(move || {
+            for number in 1.. {
+                let head = request_head(&mut conn);
+                if head.0.is_empty() || !script(number, &head, &mut conn) {
+                    return;
+                }
+            }
+        });
+    });
+}
+
+const EMPTY: &str = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
+
+/// A server that breaks off at a connection's second request, after these bytes; and how often it did.
+fn forgetful_server(door: &TestDoor, last_words: &'static str) -> Arc<AtomicU32> {
+    let broken = Arc::new(AtomicU32::new(0));
+    let count = Arc::clone(&broken);
+    each_request(door, move |number, _, conn| {
+        if number == 1 {
+            conn.raw(EMPTY);
+            return true;
+        }
+        conn.raw(last_words);
+        count.fetch_add(1, Ordering::SeqCst);
+        false
+    });
+    broken
+}
+
+#[test]
+fn a_connection_that_is_free_is_used_again() {
+    let door = TestDoor::start();
+    let (tell, told) = mpsc::channel();
+    each_request(&door, move |number, _, conn| {
+        tell.send(number).unwrap();
+        conn.raw(EMPTY);
+        true
+    });
+    eventually("a connection has served three requests", || {
+        assert_eq!(door.client().request("GET", "/v1/node", b"").status, 200);
+        told.recv_timeout(super::PATIENCE).unwrap() == 3
+    });
+}
+
+#[test]
+fn a_request_on_a_connection_that_the_server_closed_meanwhile_is_sent_again() {
+    for method in ["GET", "HEAD", "DELETE"] {
+        let door = TestDoor::start();
+        let broken = forgetful_server(&door, "");
+        eventually("connections broke under a request", || {
+            assert_eq!(door.client().request(method, "/v1/node", b"").status, 200, "{method}");
+            broken.load(Ordering::SeqCst) >= 3
+        });
+    }
+}
+
+#[test]
+fn what_may_have_been_done_or_answered_is_not_sent_again() {
+    let once = [("POST", "", ""), ("PUT", "body", ""), ("DELETE", "body", ""), ("GET", "", "HTTP/1.1 2")];
+    for (method, body, last_words) in once {
+        let door = TestDoor::start();
+        let broken = forgetful_server(&door, last_words);
+        eventually("a connection broke under a request", || {
+            let answer = door.client().request(method, "/v1/node", body.as_bytes());
+            if answer.status == 200 {
+                assert_eq!(broken.load(Ordering::SeqCst), 0, "{method} was sent again");
+                return false;
+            }
+            assert_eq!(answer.problem(), (503, "node_unavailable".to_owned()));
+            true
+        });
+    }
+}
+
+#[test]
+fn a_request_is_sent_again_once_and_no_more() {
+    let door = TestDoor::start();
+    let well = Arc::new(AtomicBool::new(true));
+    let seen = Arc::new(AtomicU32::new(0));
+    let (is_well, count) = (Arc::clone(&well), Arc::clone(&seen));
+    each_request(&door, move |_, _, conn| {
+        count.fetch_add(1, Ordering::SeqCst);
+        if is_well.load(Ordering::SeqCst) {
+            conn.raw(EMPTY);
+            return true;
+        }
+        false
+    });
+    eventually("a used connection broke, and then a fresh one", || {
+        well.store(true, Ordering::SeqCst);
+        assert_eq!(door.client().request("GET", "/v1/node", b"").status, 200);
+        well.store(false, Ordering::SeqCst);
+        seen.store(0, Ordering::SeqCst);
+        assert_eq!(door.client().request("GET", "/v1/node", b"").problem(), (503, "node_unavailable".to_owned()));
+        let seen = seen.load(Ordering::SeqCst);
+        assert!((1..=2).contains(&seen), "sent {seen} times");
+        seen == 2
+    });
+}
+
 #[test]
 fn what_is_not_the_data_plane_is_passed_on() {
     let door = TestDoor::start();
     door.agent(|mut agent| assert!(agent.receive().is_none()));
     let (tell, told) = mpsc::channel();
-    server(&door, move |mut conn| {
-        // All requests come on one connection.
-        for _ in 0..5 {
-            let head = request_head(&mut conn);
-            tell.send(head).unwrap();
-            conn.raw("HTTP/1.1 200 OK\r\nContent-Length: 2\r\nKeep-Alive: 5\r\nConnection: X-Drop\r\nX-Drop: 1\r\nX-Keep: 1\r\n\r\nok");
-        }
+    each_request(&door, move |_, head, conn| {
+        tell.send(head.clone()).unwrap();
+        conn.raw("HTTP/1.1 200 OK\r\nContent-Length: 2\r\nKeep-Alive: 5\r\nConnection: X-Drop\r\nX-Drop: 1\r\nX-Keep: 1\r\n\r\nok");
+        true
     });
     for (path, headers) in [
         (format!("/v1/sandboxes/{SANDBOX}"), ""),
@@ -69,8 +174,6 @@ fn what_is_not_the_data_plane_is_passed_on() {
         assert!(seen.contains("authorization: bearer f00d") && seen.contains("host: x"), "{seen}");
         assert!(!seen.contains("x-hop") && !seen.contains("te: "), "{seen}");
         assert_eq!(seen.contains("x-end"), !headers.is_empty());
-        // The connection goes back to the pool after the answer was read.
-        std::thread::sleep(Duration::from_millis(50));
     }
 }
 

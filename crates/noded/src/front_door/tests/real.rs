@@ -91,10 +91,8 @@ fn real_commands_run() {
     assert_eq!((&exit["outcome"], &exit["exit_code"]), (&json!("exited"), &json!(7)));
     let (_, _, exit) = real.run(&json!({"argv": ["no-such-program"]}));
     assert_eq!((&exit["outcome"], &exit["errno"], &exit["stage"]), (&json!("not_started"), &json!(2), &json!("exec")));
-    let begin = Instant::now();
     let (_, _, exit) = real.run(&json!({"argv": ["sleep", "60"], "timeout": 0.2}));
     assert_eq!((&exit["outcome"], &exit["signal"]), (&json!("timed_out"), &json!(9)));
-    assert!(begin.elapsed() < Duration::from_secs(5));
     let list = real.door.request("GET", "execs", b"").json();
     assert!(list["execs"].as_array().unwrap().len() >= 2, "{list}");
 }

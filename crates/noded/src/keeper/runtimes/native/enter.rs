@@ -14,8 +14,8 @@ use super::super::super::sys;
 
 /// Directory of the keeper's root on which a sandbox's root is put before it becomes one.
 pub const NEW_ROOT: &CStr = c"/root";
-/// Directory of the keeper's root that stays empty and covers masked directories.
-pub const EMPTY_DIR: &CStr = c"/empty";
+/// Directory of the sandbox's own /dev, empty until the terminals come, that covers masked directories. From /proc.
+const EMPTY_DIR: &CStr = c"../dev/pts";
 
 /// Capabilities that root in the sandbox may have, over the sandbox's own ids alone (SPECIFICATION.md, PR-04).
 const CAPABILITIES: [u32; 11] = [
@@ -180,6 +180,7 @@ fn try_enter(plan: &Plan<'_>) -> Stepped<std::convert::Infallible> {
     mount_root(plan)?;
     mount_devices(plan)?;
     mount_proc(plan)?;
+    mount_below_devices(plan)?;
     pivot()?;
     for (kind, limit) in plan.rlimits {
         limit_resource(*kind, *limit)?;
@@ -191,6 +192,9 @@ fn try_enter(plan: &Plan<'_>) -> Stepped<std::convert::Infallible> {
     become_agent()?;
     // SAFETY: no pointers.
     done(Step::NoNewPrivileges, unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())?;
+    // A keeper that is killed takes its sandboxes along. After the change of user, which clears it.
+    // SAFETY: no pointers.
+    done(Step::NoNewPrivileges, unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) }.into())?;
     if seccomp::install(plan.filter).is_err() {
         return Err(last(Step::Seccomp));
     }
@@ -305,7 +309,10 @@ fn top_directory(plan: &Plan<'_>, step: Step, name: &CStr) -> Stepped<RawFd> {
 
 fn mount_devices(plan: &Plan<'_>) -> Stepped {
     let dev = top_directory(plan, Step::Devices, c"dev")?;
-    move_mount(Step::Devices, plan.devices.as_raw_fd(), dev, c"")?;
+    move_mount(Step::Devices, plan.devices.as_raw_fd(), dev, c"")
+}
+
+fn mount_below_devices(plan: &Plan<'_>) -> Stepped {
     // Below our own device mount nothing is the image's, so paths will do.
     move_mount(Step::Devices, plan.terminals.as_raw_fd(), libc::AT_FDCWD, c"dev/pts")?;
     move_mount(Step::Devices, plan.shm.as_raw_fd(), libc::AT_FDCWD, c"dev/shm")
@@ -330,8 +337,8 @@ fn mount_proc(plan: &Plan<'_>) -> Stepped {
         done(Step::Proc, libc::chdir(c"proc".as_ptr()).into())?;
     }
     for mask in plan.masked {
-        // By path: a descriptor would lead to the keeper's own mounts, which cannot be cloned from here.
-        let source = if mask.directory { EMPTY_DIR } else { c"/dev/null" };
+        // The sandbox's own, for what is shared can be locked and watched; /dev is our mount by now, not the image's.
+        let source = if mask.directory { EMPTY_DIR } else { c"../dev/null" };
         // SAFETY: the path ends in NUL; flag 1 clones.
         let clone =
             unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, source.as_ptr(), 1 | libc::O_CLOEXEC as u32) };

@@ -17,7 +17,7 @@ use super::super::spec::{DOOR_ID, Limit, Spec, rlimit_number};
 use super::super::sys::{self, FsContext};
 use super::super::userns;
 
-pub use enter::{EMPTY_DIR, NEW_ROOT};
+pub use enter::NEW_ROOT;
 
 /// Paths in /proc that show or change the host; masked where the kernel has them.
 ///
@@ -45,8 +45,6 @@ const MASKED: [&str; 16] = [
 pub struct Native {
     /// The guest agent, sealed.
     agent: OwnedFd,
-    /// Mount with the device nodes, to be cloned.
-    devices: OwnedFd,
     /// The directory of the agents' sockets.
     sockets: OwnedFd,
     null: OwnedFd,
@@ -64,7 +62,7 @@ pub struct Spawned {
 
 impl Native {
     /// Gathers what is shared. Call it in the keeper's small root, with /proc mounted.
-    pub fn new(agent: OwnedFd, devices: OwnedFd, sockets: OwnedFd) -> Result<Self> {
+    pub fn new(agent: OwnedFd, sockets: OwnedFd) -> Result<Self> {
         let mut masked = Vec::new();
         for name in MASKED {
             if let Ok(meta) = std::fs::symlink_metadata(format!("/proc/{name}")) {
@@ -72,7 +70,7 @@ impl Native {
             }
         }
         let null = sys::open("/dev/null", libc::O_RDWR)?;
-        Ok(Self { agent, devices, sockets, null, filter: seccomp::standard(), masked })
+        Ok(Self { agent, sockets, null, filter: seccomp::standard(), masked })
     }
 
     /// The system call filter in numbers.
@@ -87,7 +85,7 @@ impl Native {
         let userns = userns::make(&spec.linux.uid_mappings).map_err(|error| error.at("userns"))?;
         pool.make_sandbox(id, spec.disk.limit).map_err(|error| error.at("disk"))?;
         let root = overlay(id, &spec.root.layers, pool, &userns, host_id).map_err(|error| error.at("overlay"))?;
-        let devices = self.devices(&userns).map_err(|error| error.at("devices"))?;
+        let devices = Self::devices(&userns).map_err(|error| error.at("devices"))?;
         let terminals = terminals(host_id).map_err(|error| error.at("devices"))?;
         let shm = shared_memory(host_id, spec.shm).map_err(|error| error.at("devices"))?;
         cgroups.make(id, &spec.linux.resources).map_err(|error| error.at("cgroup"))?;
@@ -157,14 +155,16 @@ impl Native {
         pool.drop_sandbox(id)
     }
 
-    fn devices(&self, userns: &OwnedFd) -> Result<OwnedFd> {
-        let clone = sys::clone_mount(self.devices.as_fd())?;
+    fn devices(userns: &OwnedFd) -> Result<OwnedFd> {
+        // A file system of its own: locks, watches and times belong to inodes, and shared ones would tell one sandbox
+        // when another opens /dev/null, or let it hold a lock there.
+        let mount = device_mount()?;
         sys::mount_setattr(
-            clone.as_fd(),
+            mount.as_fd(),
             sys::MOUNT_ATTR_RDONLY | sys::MOUNT_ATTR_NOSUID | sys::MOUNT_ATTR_NOEXEC,
             Some(userns.as_fd()),
         )?;
-        Ok(clone)
+        Ok(mount)
     }
 
     /// The socket on which the guest agent will accept the front door, and nobody else can reach it.
@@ -211,35 +211,12 @@ fn overlay(id: &str, layers: &[String], pool: &Pool, userns: &OwnedFd, host_id: 
     context.flag("volatile")?;
     // overlayfs keeps the credentials of this moment for what it makes itself (its work directory, whiteouts).
     // The mapping knows the sandbox's ids and not the host's root, whose files would get EOVERFLOW.
-    let root = as_files_of(host_id, || context.mount(sys::MOUNT_ATTR_NOSUID | sys::MOUNT_ATTR_NODEV))?;
+    let root = sys::as_user(host_id, || context.mount(sys::MOUNT_ATTR_NOSUID | sys::MOUNT_ATTR_NODEV))?;
     // overlayfs does not fail when it cannot write to its upper directory: it mounts read-only.
     if sys::is_read_only(root.as_fd())? {
         return Err(Error::other("syscall_failed", "overlayfs could not use the sandbox's own directory"));
     }
     Ok(root)
-}
-
-/// Acts with another user's file system ids and all of the keeper's capabilities.
-fn as_files_of<T>(id: u32, act: impl FnOnce() -> Result<T>) -> Result<T> {
-    const NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
-    // SAFETY: numbers only. Without the bit, leaving id 0 would take the file capabilities away.
-    unsafe {
-        if libc::prctl(libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP, 0, 0, 0) < 0 {
-            return Err(Error::last("prctl", "PR_SET_SECUREBITS"));
-        }
-        libc::setfsgid(id);
-        libc::setfsuid(id);
-    }
-    let result = act();
-    // SAFETY: as above; going back to what this process was.
-    unsafe {
-        libc::setfsuid(0);
-        libc::setfsgid(0);
-        if libc::prctl(libc::PR_SET_SECUREBITS, 0, 0, 0, 0) < 0 {
-            return Err(Error::last("prctl", "PR_SET_SECUREBITS"));
-        }
-    }
-    result
 }
 
 fn terminals(host_id: u32) -> Result<OwnedFd> {
