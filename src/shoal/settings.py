@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     """Processes that may be promised for each that the host's kernel allows."""
     reserve_memory_mib: int = Field(default=256, ge=0)
     """MiB of memory that the host keeps: no sandbox is admitted while less than this is available."""
+    reserve_disk_mib: int = Field(default=512, ge=0)
+    """MiB of disk that stay free under `data_dir`: no sandbox is admitted while less than this is free. The disk pool
+    grows as it is written to, and sandboxes get input and output errors when there is nothing left to grow into."""
 
     start_timeout: float = Field(default=10.0, gt=0)
     """Seconds within which a sandbox's guest agent must have said READY."""

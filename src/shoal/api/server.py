@@ -29,7 +29,14 @@ from shoal.api.app import Node, build_app
 from shoal.api.problems import Activity
 from shoal.errors import HostUnsupportedError, InvalidArgumentError, ShoalError
 from shoal.images import ImageStore
-from shoal.node.admission import Admission, Overcommit, available_memory_mib, host_resources
+from shoal.node.admission import (
+    Admission,
+    Floor,
+    Overcommit,
+    available_disk_mib,
+    available_memory_mib,
+    host_resources,
+)
 from shoal.node.door_client import DoorClient
 from shoal.node.engine import Engine, EngineConfig
 from shoal.node.keeper_client import KeeperClient, KeeperHello, KeeperLayers
@@ -289,8 +296,18 @@ def _admission(settings: Settings, hello: KeeperHello) -> Admission:
         ),
         max_sandboxes=settings.max_sandboxes,
         max_timeout=settings.max_timeout,
-        reserve_memory_mib=settings.reserve_memory_mib,
-        available_mib=available_memory_mib,
+        floors=(
+            Floor(
+                resource="memory",
+                keep_mib=settings.reserve_memory_mib,
+                available_mib=available_memory_mib,
+            ),
+            Floor(
+                resource="disk",
+                keep_mib=settings.reserve_disk_mib,
+                available_mib=lambda: available_disk_mib(settings.data_dir),
+            ),
+        ),
     )
 
 

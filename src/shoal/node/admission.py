@@ -11,8 +11,9 @@ import contextlib
 import math
 import os
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -30,7 +31,8 @@ _MAX_LABEL_VALUE = 1024
 _MAX_WORD = 4096
 _LAST_GUEST_ID = 65_535
 _USER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}\$?")
-_AVAILABLE_FOR = 0.25
+_FLOORS_FOR = 0.25
+"""Seconds for which a look at the host counts: a burst does not look a thousand times."""
 
 
 class Resources(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +58,15 @@ class Overcommit(msgspec.Struct, frozen=True, kw_only=True):
     pids: float = 1.0
 
 
+class Floor(msgspec.Struct, frozen=True, kw_only=True):
+    """What the host keeps of something, whatever is promised: promises are not the same as use."""
+
+    resource: str
+    keep_mib: int
+    available_mib: Callable[[], int]
+    """Asked for the MiB that are really there now."""
+
+
 class Admission:
     """The host's room and what of it is promised.
 
@@ -64,8 +75,7 @@ class Admission:
         overcommit: Factors on it, for the sum of all sandboxes.
         max_sandboxes: Sandboxes alive at once.
         max_timeout: Longest lifetime in seconds.
-        available_mib: Asked for the MiB of memory that are really available now.
-        reserve_memory_mib: Nothing is admitted while less than this is available.
+        floors: Nothing is admitted while less than any of these is there.
     """
 
     def __init__(
@@ -75,16 +85,14 @@ class Admission:
         overcommit: Overcommit,
         max_sandboxes: int,
         max_timeout: float,
-        reserve_memory_mib: int = 0,
-        available_mib: Callable[[], int] | None = None,
+        floors: Sequence[Floor] = (),
     ) -> None:
         self.host = host
         self._max_sandboxes = max_sandboxes
         self._max_timeout = max_timeout
-        self._reserve_memory_mib = reserve_memory_mib
-        self._available_mib = available_mib
-        self._available_seen = -math.inf
-        self._available = 0
+        self._floors = floors
+        self._floors_seen = -math.inf
+        self._below: Floor | None = None
         self._total = (
             host.cpu * overcommit.cpu,
             host.memory_mib * overcommit.memory,
@@ -152,7 +160,7 @@ class Admission:
         _fits("memory_mib", spec.memory_mib, self._memory_mib, memory_total)
         _fits("disk_mib", spec.disk_mib, self._disk_mib, disk_total)
         _fits("pids", spec.pids, self._pids, pids_total)
-        self._check_available()
+        self._check_floors()
         self._milli_cpu += milli_cpu
         self._memory_mib += spec.memory_mib
         self._disk_mib += spec.disk_mib
@@ -167,17 +175,19 @@ class Admission:
             self._pids -= spec.pids
             self._sandboxes -= 1
 
-    def _check_available(self) -> None:
-        if self._available_mib is None or not self._reserve_memory_mib:
-            return
+    def _check_floors(self) -> None:
         now = time.monotonic()
-        if now - self._available_seen > _AVAILABLE_FOR:
-            self._available, self._available_seen = self._available_mib(), now
-        if self._available < self._reserve_memory_mib:
+        if now - self._floors_seen > _FLOORS_FOR:
+            self._floors_seen = now
+            self._below = next(
+                (floor for floor in self._floors if floor.available_mib() < floor.keep_mib), None
+            )
+        if self._below is not None:
+            resource, keep = self._below.resource, self._below.keep_mib
             raise ResourceExhaustedError(
-                f"the host has {self._available} MiB of memory available and keeps {self._reserve_memory_mib} MiB",
-                hint="end sandboxes, or wait until they use less",
-                resource="memory_mib",
+                f"the host has less than the {keep} MiB of {resource} left that it keeps",
+                hint=f"end sandboxes, or free {resource} on the host",
+                resource=resource,
             )
 
 
@@ -308,6 +318,11 @@ def host_resources(
 def available_memory_mib(proc: Path = Path("/proc")) -> int:
     """Memory that could be used now without swapping. Source: proc_meminfo(5), MemAvailable."""
     return _meminfo(proc, "MemAvailable")
+
+
+def available_disk_mib(path: Path) -> int:
+    """What is free on the file system of a path. The disk pool is a sparse file: it is full when this is."""
+    return shutil.disk_usage(path).free >> 20
 
 
 def _meminfo(proc: Path, key: str) -> int:

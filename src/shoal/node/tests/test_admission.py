@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import random
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import anyio.lowlevel
 import pytest
 
 from shoal.errors import InvalidArgumentError, ResourceExhaustedError
-from shoal.node.admission import Overcommit, Resources, check_user, host_resources
+from shoal.node.admission import Floor, Overcommit, Resources, check_user, host_resources
 from shoal.node.slots import FIRST_ID, IDS_PER_SLOT, Slots, first_host_id
 from shoal.node.tests.fakes import HOST, admission
 from shoal.types import SandboxSpec
@@ -187,12 +188,23 @@ async def test_concurrent_reservations_never_oversell() -> None:
     assert one.reserved == Resources(cpu=0, memory_mib=0, disk_mib=0, pids=0)
 
 
-def test_a_host_without_memory_takes_nobody() -> None:
-    available = [100]
-    one = admission(reserve_memory_mib=256, available_mib=lambda: available[0])
-    with pytest.raises(ResourceExhaustedError, match="100 MiB"), one.reserve(SandboxSpec()):
+@pytest.mark.parametrize("short", ["memory", "disk"])
+def test_a_host_that_runs_short_takes_nobody(short: str) -> None:
+    left = {"memory": 1000, "disk": 1000, short: 100}
+    floors = [
+        Floor(resource=name, keep_mib=256, available_mib=partial(left.__getitem__, name))
+        for name in ("memory", "disk")
+    ]
+    one = admission(floors=floors)
+    with (
+        pytest.raises(ResourceExhaustedError, match=f"256 MiB of {short}"),
+        one.reserve(SandboxSpec()),
+    ):
         pass
     assert one.reserved.memory_mib == 0
+    left[short] = 256
+    with admission(floors=floors).reserve(SandboxSpec()):
+        pass
 
 
 def test_the_host_is_read_from_proc(tmp_path: Path) -> None:
