@@ -109,8 +109,7 @@ pub fn push(out: &mut Vec<u8>, kind: Kind, flags: u8, channel: u32, payload: &[u
 
 /// Appends an error frame; `object` is what the call was about.
 pub fn push_error(out: &mut Vec<u8>, channel: u32, error: Error, object: &[u8]) {
-    let what =
-        if object.is_empty() { error.call.as_bytes().to_vec() } else { [error.call.as_bytes(), b" ", object].concat() };
+    let what = if object.is_empty() { error.call.as_bytes() } else { object }.to_vec();
     push(out, Kind::Error, 0, channel, &Failure { errno: error.errno, what }.encode());
 }
 

@@ -202,6 +202,11 @@ pub fn push_archive_error(out: &mut Vec<u8>, channel: u32, error: &shoal_archive
         shoal_archive::Error::Limit { .. } => libc::E2BIG,
         _ => libc::EINVAL,
     });
-    let failure = shoal_wire::Failure { errno, what: error.to_string().into_bytes() };
+    // The errno travels apart, so a person is told what it was about.
+    let what = match error {
+        shoal_archive::Error::Os { path, .. } => path.clone(),
+        _ => error.to_string().into_bytes(),
+    };
+    let failure = shoal_wire::Failure { errno, what };
     conn::push(out, Kind::Error, 0, channel, &failure.encode());
 }
