@@ -51,6 +51,8 @@ class ShoalError(Exception):
         self.message = message
         self.hint = hint
         self.details = details
+        if hint:
+            self.add_note(f"hint: {hint}")  # so that a traceback shows it too
 
     def to_problem(self) -> dict[str, Any]:
         """The error as a problem+json document."""

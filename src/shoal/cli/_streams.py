@@ -11,13 +11,17 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 from shoal.errors import ShoalError
 from shoal.sdk import AsyncProcess, AsyncStreamReader
-from shoal.types import ExecExit, Outcome, PtySize
+from shoal.sdk._async import MAX_OUTPUT_BYTES
+from shoal.sdk._exec import Capped
+from shoal.types import ExecExit, ExecResult, Outcome, PtySize
 
 _CHUNK = 1 << 18
+Sink = Callable[[bytes], Awaitable[None]]
+"""Takes the next bytes of an output."""
 
 
 class _Writer:
@@ -92,11 +96,39 @@ async def join(process: AsyncProcess, *, stdin: bool) -> ExecExit:
         process: What to join.
         stdin: Send it what comes on our stdin.
     """
+    return await _converse(process, _Writer(1).write, _Writer(2).write, stdin=stdin)
 
-    async def out(reader: AsyncStreamReader, fd: int) -> None:
-        writer = _Writer(fd)
+
+async def collect(
+    process: AsyncProcess, *, stdin: bool, max_output_bytes: int = MAX_OUTPUT_BYTES
+) -> ExecResult:
+    """As `join`, but keep the output: what `AsyncSandbox.run` returns, with our stdin sent as it comes."""
+    outputs = Capped(max_output_bytes), Capped(max_output_bytes)
+
+    async def keep_stdout(data: bytes) -> None:
+        outputs[0].add(data)
+
+    async def keep_stderr(data: bytes) -> None:
+        outputs[1].add(data)
+
+    end = await _converse(process, keep_stdout, keep_stderr, stdin=stdin)
+    return ExecResult(
+        outcome=end.outcome,
+        exit_code=end.exit_code,
+        stdout_bytes=outputs[0].value(),
+        stderr_bytes=outputs[1].value(),
+        signal=end.signal,
+        errno=end.errno,
+        stage=end.stage,
+        usage=end.usage,
+        truncated=process._lost > 0 or any(output.dropped for output in outputs),
+    )
+
+
+async def _converse(process: AsyncProcess, stdout: Sink, stderr: Sink, *, stdin: bool) -> ExecExit:
+    async def out(reader: AsyncStreamReader, sink: Sink) -> None:
         while data := await reader.read(_CHUNK):
-            await writer.write(data)
+            await sink(data)
 
     async def feed() -> None:
         with contextlib.suppress(ShoalError):  # it does not read any more
@@ -106,8 +138,8 @@ async def join(process: AsyncProcess, *, stdin: bool) -> ExecExit:
 
     feeder = asyncio.create_task(feed()) if stdin else None
     outputs = [
-        asyncio.create_task(out(process.stdout, 1)),
-        asyncio.create_task(out(process.stderr, 2)),
+        asyncio.create_task(out(process.stdout, stdout)),
+        asyncio.create_task(out(process.stderr, stderr)),
     ]
     try:
         await asyncio.gather(*outputs)
@@ -179,7 +211,7 @@ _START_HINTS = {
 }
 
 
-def exit_code(end: ExecExit, program: str) -> tuple[int, str]:
+def exit_code(end: ExecExit | ExecResult, program: str) -> tuple[int, str]:
     """Our exit code for a command's end, and what to say about it (mostly nothing).
 
     The command's own; 127 and 126 as a shell's for one that does not start; 124 as timeout(1)'s; 128+n for

@@ -7,11 +7,15 @@ import os
 
 import click
 
+from shoal.cli._ids import whole_id
 from shoal.cli._options import drive, say
 from shoal.errors import InvalidArgumentError, PathNotFoundError
 from shoal.local import progress
 from shoal.sdk import AsyncFiles, AsyncSandbox
 from shoal.sdk._pack import measure
+
+_SHOWN = 5
+"""Paths that were left out and are named; a system's /etc has hundreds of links that point outside."""
 
 
 def _split(place: str) -> tuple[str | None, str]:
@@ -49,6 +53,13 @@ def command(source: str, target: str, user: str | None) -> None:
             hint="copy it here first, and from here to the other",
         )
     if from_sandbox is None and to_sandbox is None:
+        for place in (source, target):
+            name, colon, path = place.partition(":")
+            if colon and path.startswith("/") and "/" not in name and not os.path.lexists(place):
+                raise InvalidArgumentError(
+                    f"no sandbox {name}: {place}",
+                    hint="an id begins with sb-; `shoal ps` lists sandboxes",
+                )
         raise InvalidArgumentError(
             "one of SOURCE and TARGET must be in a sandbox",
             hint="write it as ID:/path, with an ID of `shoal ps`",
@@ -61,6 +72,7 @@ def command(source: str, target: str, user: str | None) -> None:
 
 async def _upload(local: str, sandbox_id: str, remote: str, user: str | None) -> None:
     source, name, total = await asyncio.to_thread(_look, local)
+    sandbox_id = await whole_id(sandbox_id)
     files = (await AsyncSandbox.connect(sandbox_id)).files
     if _contents_only(local):
         remote = remote.rstrip("/") or "/"
@@ -90,6 +102,7 @@ async def _is_directory(files: AsyncFiles, path: str) -> bool:
 
 
 async def _download(sandbox_id: str, remote: str, local: str) -> None:
+    sandbox_id = await whole_id(sandbox_id)
     files = (await AsyncSandbox.connect(sandbox_id)).files
     contents = _contents_only(remote)
     if contents:
@@ -98,8 +111,11 @@ async def _download(sandbox_id: str, remote: str, local: str) -> None:
     if kind == "directory" and not contents and await asyncio.to_thread(os.path.isdir, local):
         local = os.path.join(local, remote.rstrip("/").rpartition("/")[2])
     with progress.bar(f"copying from {sandbox_id[:11]}") as tell:
-        skipped = await files.download(
+        skipped = await files._fetch(
             remote, local, progress=lambda done: tell(None, f"{done >> 20} MiB")
         )
-    for name in skipped:
-        say(f"left out: {name}")
+    for name, why in skipped[:_SHOWN]:
+        say(f"left out: {name} ({why})")
+    if len(skipped) > _SHOWN:
+        reasons = ", ".join(dict.fromkeys(why for _, why in skipped[_SHOWN:]))
+        say(f"left out: … and {len(skipped) - _SHOWN} more ({reasons})")

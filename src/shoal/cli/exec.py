@@ -7,8 +7,14 @@ import os
 import click
 
 from shoal.cli import _streams
+from shoal.cli._ids import whole_id
 from shoal.cli._options import drive, exec_options, timeout_option
-from shoal.cli.run import COMMAND_LINE, conclude
+from shoal.cli.run import (
+    COMMAND_LINE,
+    conclude,
+    conclude_json,
+    refuse_json_with_a_terminal,
+)
 from shoal.sdk import AsyncSandbox
 from shoal.types import PtySize
 
@@ -18,6 +24,9 @@ from shoal.types import PtySize
 @timeout_option("Seconds after which the command is killed (exit code 124).", default=None)
 @click.option("-i", "--interactive", is_flag=True, help="Forward stdin.")
 @click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object with outcome and output instead."
+)
 @click.argument("sandbox", metavar="ID")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def command(
@@ -25,12 +34,13 @@ def command(
     command: tuple[str, ...],
     interactive: bool,
     tty: bool,
+    as_json: bool,
     timeout: float | None,
     env: tuple[tuple[str, str], ...],
     user: str | None,
     workdir: str | None,
 ) -> None:
-    """Run a command in a sandbox; exit codes are those of `shoal run`.
+    """Run a command in a sandbox; exit codes are those of `shoal run`. ID may be the beginning of an id.
 
     \b
     shoal exec $id -- ls -l /
@@ -42,11 +52,13 @@ def command(
     argv = list(command[1:] if command[0] == "--" else command)
     if not argv:
         raise click.UsageError("Missing argument 'COMMAND...'.")
+    refuse_json_with_a_terminal(as_json, tty)
 
     async def main() -> int:
         pty: bool | PtySize = _streams.terminal_size() if tty else False
         variables = ({"TERM": os.environ.get("TERM", "xterm")} if tty else {}) | dict(env)
-        process = await (await AsyncSandbox.connect(sandbox)).exec(
+        target = await AsyncSandbox.connect(await whole_id(sandbox))
+        process = await target.exec(
             argv,
             stdin=interactive,
             pty=pty,
@@ -55,6 +67,9 @@ def command(
             cwd=workdir,
             timeout=timeout,
         )
+        if as_json:
+            result = await _streams.collect(process, stdin=interactive)
+            return conclude_json(result, argv[0], target.id)
         return conclude(
             await (
                 _streams.join_terminal(process)

@@ -9,13 +9,17 @@ import time
 import click
 
 from shoal.cli._group import Failure
-from shoal.cli._options import drive, print_json
+from shoal.cli._options import drive, print_json, say
 from shoal.cli.ps import span
 from shoal.errors import ShoalError
 from shoal.local import progress
 from shoal.sdk import AsyncNode
+from shoal.sdk._async import directory_format
 from shoal.sdk._pack import measure
 from shoal.types import ImageInfo
+
+_TOP = ("bin", "usr", "etc")
+"""A root file system has at least one of these."""
 
 
 @click.group()
@@ -73,6 +77,10 @@ async def _import(path: str, name: str, format: str, digest: str | None) -> Imag
     node = AsyncNode()
     if path == "-":
         path = "/dev/stdin"
+    if await asyncio.to_thread(_looks_wrong, path, format):
+        say(
+            f"warning: this does not look like a root file system: {path} has none of {', '.join(_TOP)}"
+        )
     total = await asyncio.to_thread(_size, path)
     with progress.bar(f"importing {name}") as tell:
 
@@ -83,6 +91,13 @@ async def _import(path: str, name: str, format: str, digest: str | None) -> Imag
         return await node.import_image(
             path, name, format=format, expected_digest=digest, progress=moved
         )
+
+
+def _looks_wrong(path: str, format: str) -> bool:
+    """Whether a directory shall be a root file system and is hardly one."""
+    if not os.path.isdir(path) or directory_format(path, format) != "rootfs":
+        return False
+    return not any(os.path.lexists(os.path.join(path, name)) for name in _TOP)
 
 
 def _size(path: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from shoal.cli._ids import whole_id
 from shoal.cli._options import drive, print_json
 from shoal.sdk._async import sandbox_info
 from shoal.types import SandboxInfo
@@ -20,6 +21,6 @@ def command(sandbox: str) -> None:
     """
 
     async def main() -> SandboxInfo:
-        return await sandbox_info(sandbox)
+        return await sandbox_info(await whole_id(sandbox, ended=True))
 
     print_json(drive(main()))

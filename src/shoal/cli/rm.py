@@ -7,8 +7,9 @@ import asyncio
 import click
 
 from shoal.cli._group import Failure
+from shoal.cli._ids import whole_id
 from shoal.cli._options import Pair, drive
-from shoal.errors import ShoalError
+from shoal.errors import InvalidArgumentError, ShoalError
 from shoal.sdk import AsyncSandbox
 from shoal.sdk._async import end_sandbox
 
@@ -24,7 +25,7 @@ _AT_ONCE = 32
 def command(
     sandboxes: tuple[str, ...], everything: bool, label: tuple[tuple[str, str], ...]
 ) -> None:
-    """End sandboxes and print their ids. One that has ended already is no error.
+    """End sandboxes and print their ids. One that has ended already is no error. ID may be the beginning of an id.
 
     \b
     shoal rm $id
@@ -35,7 +36,7 @@ def command(
         raise click.UsageError("name at least one ID, or use --all or --label")
     failed = drive(_remove(list(sandboxes), everything, dict(label)))
     for sandbox, error in failed:
-        Failure(f"{sandbox}: {error.message}", error.hint).show()
+        Failure(f"{sandbox}: {error.message}" if sandbox else error.message, error.hint).show()
     raise SystemExit(1 if failed else 0)
 
 
@@ -46,6 +47,12 @@ async def _remove(
         names += [info.id for info in await AsyncSandbox.list(labels=labels)]
     turns = asyncio.Semaphore(_AT_ONCE)
     failed: list[tuple[str, ShoalError]] = []
+    meant: dict[str, None] = {}
+    for name in names:
+        try:
+            meant[await whole_id(name)] = None
+        except InvalidArgumentError as error:  # its message has the name
+            failed.append(("", error))
 
     async def one(name: str) -> None:
         async with turns:
@@ -56,5 +63,5 @@ async def _remove(
             else:
                 click.echo(name)
 
-    await asyncio.gather(*(one(name) for name in dict.fromkeys(names)))
+    await asyncio.gather(*(one(name) for name in meant))
     return failed

@@ -10,7 +10,7 @@ import click
 from shoal.cli import _streams
 from shoal.cli._options import drive, exec_options, print_json, sandbox_options, say, timeout_option
 from shoal.sdk import AsyncSandbox
-from shoal.types import ExecExit, PtySize
+from shoal.types import ExecExit, ExecResult, PtySize
 
 _MARGIN = 30.0
 """Seconds that the sandbox outlives its command's time, so that the command's end can be told."""
@@ -51,6 +51,7 @@ def command(
     shoal run --memory 2g --cpu 2 --timeout 60 -e SEED=1 -- ./simulate
     shoal run -it -- bash
     """
+    refuse_json_with_a_terminal(as_json, tty)
     raise SystemExit(drive(_run(list(command), interactive, tty, as_json, timeout, options)))
 
 
@@ -63,43 +64,47 @@ async def _run(
     options: dict[str, Any],
 ) -> int:
     forward = interactive or not sys.stdin.isatty()
-    stdin = None
-    if as_json and forward:
-        # Before there is a sandbox, whose time would pass; in a way that ^C and SIGTERM can end.
-        stdin = b"".join([piece async for piece in _streams.read_fd(0)])
     async with await create(timeout=timeout + _MARGIN, **options) as sandbox:
-        if as_json:
-            result = await sandbox.run(argv, stdin=stdin, timeout=timeout)
-            print_json(
-                {
-                    "sandbox": sandbox.id,
-                    "outcome": result.outcome,
-                    "exit_code": result.exit_code,
-                    "signal": result.signal,
-                    "errno": result.errno,
-                    "stage": result.stage,
-                    "stdout": result.stdout,
-                    "stderr": result.stderr,
-                    "truncated": result.truncated,
-                    "usage": result.usage,
-                }
-            )
-            end = ExecExit(
-                outcome=result.outcome,
-                exit_code=result.exit_code,
-                signal=result.signal,
-                errno=result.errno,
-                stage=result.stage,
-            )
-            return _streams.exit_code(end, argv[0])[0]
         pty: bool | PtySize = _streams.terminal_size() if tty else False
         process = await sandbox.exec(
             argv, stdin=forward, pty=pty, env=_terminal(tty), timeout=timeout
         )
+        if as_json:
+            result = await _streams.collect(process, stdin=forward)
+            return conclude_json(result, argv[0], sandbox.id)
         end = await (
             _streams.join_terminal(process) if tty else _streams.join(process, stdin=forward)
         )
     return conclude(end, argv[0])
+
+
+def refuse_json_with_a_terminal(as_json: bool, tty: bool) -> None:
+    """Keep apart what cannot go together.
+
+    Raises:
+        UsageError: Both were asked for.
+    """
+    if as_json and tty:
+        raise click.UsageError("--json and --tty cannot go together")
+
+
+def conclude_json(result: ExecResult, program: str, sandbox_id: str) -> int:
+    """The exit code for a command's end, after printing all about it as one object."""
+    print_json(
+        {
+            "sandbox": sandbox_id,
+            "outcome": result.outcome,
+            "exit_code": result.exit_code,
+            "signal": result.signal,
+            "errno": result.errno,
+            "stage": result.stage,
+            "stdout": result.stdout,
+            "stderr": result.stderr,
+            "truncated": result.truncated,
+            "usage": result.usage,
+        }
+    )
+    return _streams.exit_code(result, program)[0]
 
 
 def conclude(end: ExecExit, program: str) -> int:

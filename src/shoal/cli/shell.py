@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from shoal.cli import _streams
+from shoal.cli._ids import whole_id
 from shoal.cli._options import drive, exec_options, sandbox_options, timeout_option
 from shoal.cli.run import conclude, create
 from shoal.errors import InvalidArgumentError
@@ -54,7 +55,7 @@ def command(
 
     async def main() -> int:
         if sandbox is not None:
-            return await open_shell(await AsyncSandbox.connect(sandbox))
+            return await open_shell(await AsyncSandbox.connect(await whole_id(sandbox)))
         async with await create(
             timeout=timeout, env=env, user=user, workdir=workdir, **options
         ) as target:

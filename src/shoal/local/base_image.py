@@ -17,11 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shoal.errors import HostUnsupportedError, ImageError
-from shoal.local.node import require_root
+from shoal.local.node import require_root, settings
 from shoal.local.progress import Tell
 
 SUITE = "bookworm"
-MIRROR = "http://deb.debian.org"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 PACKAGES = ("python3", "ca-certificates")
 _DROPPED = (
@@ -62,14 +61,9 @@ ln -sf python3 usr/bin/python
 """
 
 
-def cache_dir() -> Path:
-    """Where built images are kept: `SHOAL_CACHE_DIR`, else /var/cache/shoal."""
-    return Path(os.environ.get("SHOAL_CACHE_DIR") or "/var/cache/shoal").absolute()
-
-
 def mirror() -> str:
-    """The Debian mirror: `SHOAL_DEBIAN_MIRROR`, else deb.debian.org."""
-    return (os.environ.get("SHOAL_DEBIAN_MIRROR") or MIRROR).rstrip("/")
+    """The Debian mirror, less the `/debian` that its address may end in."""
+    return settings().debian_mirror.rstrip("/").removesuffix("/debian").rstrip("/")
 
 
 def recipe() -> list[str]:
@@ -101,7 +95,7 @@ def recipe() -> list[str]:
 def cached() -> Path:
     """Where this recipe's result is, or will be."""
     digest = hashlib.sha256("\0".join([*recipe(), _EPOCH]).encode()).hexdigest()[:16]
-    return cache_dir() / f"base-{SUITE}-{digest}.tar"
+    return settings().cache_dir.absolute() / f"base-{SUITE}-{digest}.tar"
 
 
 def build(tell: Tell, *, refresh: bool = False) -> Path:

@@ -7,9 +7,11 @@ import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -49,7 +51,8 @@ def examine() -> list[Check]:
     """Look at everything; changes nothing that outlives the call."""
     if sys.platform != "linux":
         hint = "run a node on a Linux machine and set SHOAL_URL to its address"
-        return [fail("system", platform.system(), hint)]
+        named = [_guarded(_node)] if os.environ.get("SHOAL_URL", "").strip() else []
+        return [fail("system", platform.system(), hint), *named]
     return [_guarded(check) for check in CHECKS]
 
 
@@ -342,6 +345,35 @@ def _temporary_directory() -> Check:
         return ok("temporary directory", tempfile.gettempdir())
 
 
+def _node() -> Check:
+    """Which node the SDK and the other verbs talk to; everything else here is about this machine."""
+    from shoal.local import node
+
+    url = os.environ.get("SHOAL_URL", "").strip()
+    if not url:
+        path = node.socket_path()
+        state = "it runs" if node.answers(path) else "starts when it is needed"
+        return ok("node", f"this machine's own, at {path}; {state}")
+    if _accepts(url):
+        return ok("node", f"{url}, named by SHOAL_URL; somebody answers")
+    hint = "is `shoal serve` running there? without SHOAL_URL this machine's own node is used"
+    return warn("node", f"{url}, named by SHOAL_URL; nobody answers", hint)
+
+
+def _accepts(url: str) -> bool:
+    from shoal.local import node
+
+    if url.startswith("unix://"):
+        return node.answers(Path(url.removeprefix("unix://")))
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), timeout=5.0).close()
+    except (OSError, ValueError):  # a port that is none
+        return False
+    return bool(parts.hostname)
+
+
 CHECKS: tuple[Callable[[], Check], ...] = (
     _system,
     _kernel,
@@ -363,4 +395,5 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     _pid_max,
     _open_files,
     _temporary_directory,
+    _node,
 )

@@ -93,8 +93,10 @@ def ensure(*, deadline: float = START_DEADLINE) -> Path:
         return path
     require_root()
     run_dir, data_dir = path.parent, settings().data_dir.absolute()
-    run_dir.mkdir(parents=True, exist_ok=True, mode=0o755)
-    with _lock(run_dir / "start.lock", until):
+    with usable("run_dir", run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o755)
+        (run_dir / "start.lock").touch()
+    with locked(run_dir / "start.lock", until, "starting the node"):
         if not answers(path):
             _start(data_dir, run_dir, until)
     return path
@@ -114,7 +116,33 @@ def require_root() -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, until: float) -> Iterator[None]:
+def usable(setting: str, directory: Path) -> Iterator[None]:
+    """A block that makes or opens things in a directory which a setting names.
+
+    Raises:
+        HostUnsupportedError: The block met an OSError; the hint says how to name another directory.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise HostUnsupportedError(
+            f"{directory} cannot be used: {error.strerror or error}",
+            hint=f"name another directory: SHOAL_{setting.upper()}, or --{setting.replace('_', '-')} of `shoal serve`",
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(path: Path, until: float, work: str) -> Iterator[None]:
+    """A block that one program at a time is in.
+
+    Args:
+        path: A file to lock; it stays.
+        until: Up to when to wait, on `time.monotonic`'s clock.
+        work: What the block does, for the message.
+
+    Raises:
+        NodeUnavailableError: Another program was in it for too long.
+    """
     import fcntl
 
     with open(path, "w") as file:
@@ -124,7 +152,7 @@ def _lock(path: Path, until: float) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > until:
                     raise NodeUnavailableError(
-                        "another program is still starting the node", hint=f"see who holds {path}"
+                        f"another program is still {work}", hint=f"see who holds {path}"
                     ) from None
                 time.sleep(0.05)  # flock(2) has no timeout
             else:
@@ -134,13 +162,14 @@ def _lock(path: Path, until: float) -> Iterator[None]:
 
 def _start(data_dir: Path, run_dir: Path, until: float) -> None:
     """Start a node that outlives us, and wait until it is ready."""
-    log_dir = data_dir / "log"
-    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    log_dir.mkdir(exist_ok=True, mode=0o700)
-    log_path = log_dir / "node.log"
+    log_path = data_dir / "log" / "node.log"
+    with usable("data_dir", data_dir):
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        log_path.parent.mkdir(exist_ok=True, mode=0o700)
+        log = open(log_path, "ab")  # noqa: SIM115 - closed below
     ready, told = os.pipe()
     try:
-        with open(log_path, "ab") as log:
+        with log:
             try:
                 _spawn(data_dir, run_dir, told, log.fileno())
             finally:

@@ -31,6 +31,7 @@ from shoal.errors import (
     ConflictError,
     DeadlineExceededError,
     ExecFailedError,
+    ImageError,
     ImageNotFoundError,
     InvalidArgumentError,
     NodeUnavailableError,
@@ -493,6 +494,7 @@ class AsyncProcess:
         self._error: ShoalError | None = None
         self._buffers = {Kind.STDOUT: Buffer(), Kind.STDERR: Buffer()}
         self._offsets = (0, 0)
+        self._lost = 0
         self._stdin_offset = 0
         self._stdin_lock = asyncio.Lock()
         self._awaited: dict[Kind | None, int] = {}
@@ -546,6 +548,7 @@ class AsyncProcess:
                         else:
                             self._exit = item
                         self._offsets = (stream.offsets[0], stream.offsets[1])
+                        self._lost = stream.lost
                         self._changed.notify_all()
                         if isinstance(item, tuple):
                             await self._make_room(item[0])
@@ -943,6 +946,18 @@ class AsyncFiles:
             PathNotFoundError: Nothing is at `remote`.
             PathError: The stream is malformed or asks for something outside; what came before it stays.
         """
+        skipped = await self._fetch(remote, local, max_bytes=max_bytes, progress=progress)
+        return [name for name, _ in skipped]
+
+    async def _fetch(
+        self,
+        remote: str,
+        local: str | os.PathLike[str],
+        *,
+        max_bytes: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> builtins.list[tuple[str, str]]:
+        """As `download`; of what was left out also the reasons."""
         found = await self._follow(remote)
         single = found.kind != "directory"
         target, name = await asyncio.to_thread(_download_plan, remote, os.fspath(local), single)
@@ -1075,7 +1090,7 @@ class AsyncNode:
             progress: Called with the bytes sent so far.
 
         Raises:
-            ImageError: It is malformed; nothing of it was kept.
+            ImageError: It is malformed, or not of that format; nothing of it was kept.
             FileNotFoundError: Nothing is at `source`.
         """
         chunks, format = await asyncio.to_thread(_import_plan, os.fspath(source), format)
@@ -1321,7 +1336,25 @@ def _import_plan(source: str, format: str) -> tuple[Iterator[bytes], str]:
         os.stat(source)
         return _file_chunks(source), format
     path = os.path.realpath(source)
-    layout = os.path.exists(os.path.join(path, "oci-layout"))
+    format = directory_format(path, format)
+    return pack(path, whole=format == "rootfs"), format
+
+
+_MARKS = {"oci": ("oci-layout", "OCI layout"), "docker": ("manifest.json", "docker-archive")}
+
+
+def directory_format(path: str, format: str) -> str:
+    """What an image in a directory is: `oci`, `docker` or `rootfs`.
+
+    Raises:
+        ImageError: It is not what `format` says.
+    """
     if format == "auto":
-        format = "oci" if layout else "rootfs"
-    return pack(path, whole=not layout), format
+        return "oci" if os.path.exists(os.path.join(path, "oci-layout")) else "rootfs"
+    mark, name = _MARKS.get(format, ("", ""))
+    if mark and not os.path.exists(os.path.join(path, mark)):
+        raise ImageError(
+            f"no {name} in {path}",
+            hint=f"it has no {mark}; a directory that is a root file system is of the format rootfs",
+        )
+    return format

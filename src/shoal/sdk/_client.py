@@ -244,6 +244,11 @@ class Client:
             # asyncio closes async generators together with their loop, and so this client.
             self._guard = _close_with_loop(self)
             await anext(self._guard)
+        for _, text in query.items() if isinstance(query, Mapping) else query or ():
+            try:
+                text.encode()  # left to the URL, what is not UTF-8 would be dropped: another path
+            except UnicodeEncodeError as error:
+                raise _not_utf8(text) from error
         sent = dict(headers or {})
         if token is not None:
             sent["Authorization"] = f"Bearer {token}"

@@ -652,7 +652,7 @@ class Node:
             progress: Called with the bytes sent so far.
 
         Raises:
-            ImageError: It is malformed; nothing of it was kept.
+            ImageError: It is malformed, or not of that format; nothing of it was kept.
             FileNotFoundError: Nothing is at `source`.
         """
         return _portal.run(

@@ -23,6 +23,14 @@ _BLOCK = 512
 _MAX_HEADER = 1 << 20
 """Bytes of one extended header; a longer one is an attack."""
 _MAX_DEPTH = 256
+_LEFT_OUT = {
+    "1": "a hard link to what did not come with it",
+    "2": "a link that points outside",
+    "3": "a device",
+    "4": "a device",
+    "6": "a FIFO",
+}
+"""Why a member of this kind is left out."""
 """Directories above a member."""
 _DIR_FD = os.open in os.supports_dir_fd and hasattr(os, "O_DIRECTORY")
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -111,8 +119,8 @@ class Unpacker:
     root: str
     rename: str | None = None
     max_bytes: int | None = None
-    skipped: list[str] = field(default_factory=list)
-    """Members left out: links that point outside, devices, FIFOs, sockets."""
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    """Members left out, each with the reason: links that point outside, devices, FIFOs, sockets."""
     written: int = 0
     """Bytes of file content so far."""
     members: int = 0
@@ -260,7 +268,7 @@ class Unpacker:
                     self._disk.link(old, source[-1], new, parts[-1])
                 self._files.add(parts)
         else:
-            self.skipped.append(_show(member.name))
+            self.skipped.append((_show(member.name), _LEFT_OUT[member.kind]))
 
     def _file(
         self, member: Member, parts: tuple[str, ...]

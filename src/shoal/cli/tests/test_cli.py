@@ -74,6 +74,128 @@ def test_run_does_not_wait_for_stdin_that_nobody_reads(node: FakeNode) -> None:
     assert (done.stdout, done.stderr, done.returncode) == (b"hi\n", b"", 0)
 
 
+def test_json_does_not_wait_for_stdin_that_nobody_reads(node: FakeNode) -> None:
+    sandbox = shoal("create").stdout.decode().strip()
+    for verb in (["run", "--json"], ["exec", "-i", "--json", sandbox]):
+        reader, writer = os.pipe()
+        try:
+            argv = [sys.executable, "-m", "shoal", *verb, "--", "echo", "hi"]
+            done = subprocess.run(
+                argv, stdin=reader, capture_output=True, env=_environment(), timeout=30, check=False
+            )
+        finally:
+            os.close(reader)
+            os.close(writer)
+        told = json.loads(done.stdout)
+        assert (told["stdout"], told["outcome"], done.returncode) == ("hi\n", "exited", 0), verb
+
+
+def test_exec_json_is_the_object_of_run(node: FakeNode) -> None:
+    sandbox = shoal("create").stdout.decode().strip()
+    script = "cat; echo err >&2; exit 3"
+    done = shoal("exec", "-i", "--json", sandbox, "--", "sh", "-c", script, stdin=b"in")
+    told = json.loads(done.stdout)
+    assert (told["sandbox"], told["stdout"], told["stderr"]) == (sandbox, "in", "err\n")
+    assert (told["outcome"], told["exit_code"], done.returncode) == ("exited", 3, 3)
+    assert done.stderr == b""
+    assert told.keys() == json.loads(shoal("run", "--json", "--", "true").stdout).keys()
+
+
+def test_json_output_is_bounded_and_its_head_and_tail_kept(node: FakeNode) -> None:
+    program = "echo head; head -c 12000000 /dev/zero | tr '\\0' x; echo; echo tail"
+    told = json.loads(shoal("run", "--json", "--", "sh", "-c", program).stdout)
+    assert told["truncated"]
+    assert told["stdout"].startswith("head\nx")
+    assert told["stdout"].endswith("x\ntail\n")
+    assert " bytes left out " in told["stdout"]
+    assert len(told["stdout"]) < (10 << 20) + 100
+
+
+def test_the_beginning_of_an_id_will_do(node: FakeNode, tmp_path: Path) -> None:
+    first = shoal("create").stdout.decode().strip()
+    short = first[:8]
+    assert shoal("exec", short, "--", "echo", "hi").stdout == b"hi\n"
+    assert shoal("cp", __file__, f"{short}:/f").returncode == 0
+    assert shoal("cp", f"{short}:/f", str(tmp_path / "f")).returncode == 0
+    assert json.loads(shoal("inspect", short).stdout)["id"] == first
+    second = shoal("create").stdout.decode().strip()
+    for argv in (
+        ["exec", short, "--", "true"],
+        ["cp", __file__, f"{short}:/f"],
+        ["inspect", short],
+        ["rm", short],
+    ):
+        done = shoal(*argv)
+        assert done.returncode == 1
+        said = f"error: {short} is the beginning of 2 ids: {second}, {first}\nhint: ".encode()
+        assert done.stderr.startswith(said), argv
+    assert not _ended(node)
+    del node.requests[:]
+    assert shoal("rm", first).stdout.decode() == f"{first}\n"
+    assert node.requests == [f"DELETE /v1/sandboxes/{first}"], "a whole id needs no list"
+    assert shoal("rm", short, second).stdout.decode() == f"{second}\n"
+    gone = shoal("exec", second[:-1] + "b", "--", "true")
+    assert gone.stderr.startswith(f"error: sandbox {second} has ended".encode())
+
+
+def test_of_many_paths_left_out_a_few_are_named_with_the_reason(
+    node: FakeNode, tmp_path: Path
+) -> None:
+    sandbox = shoal("create").stdout.decode().strip()
+    etc = node.sandboxes[sandbox].root / "etc"
+    etc.mkdir()
+    for number in range(30):
+        (etc / f"link-{number:02}").symlink_to("/usr/bin/true")
+    (etc / "file").touch()
+    done = shoal("cp", f"{sandbox}:/etc/.", str(tmp_path / "etc"))
+    lines = done.stderr.decode().splitlines()
+    assert lines[0] == "left out: link-00 (a link that points outside)"
+    assert lines[5:] == ["left out: … and 25 more (a link that points outside)"]
+    assert os.listdir(tmp_path / "etc") == ["file"]
+
+
+def test_cp_names_the_sandbox_that_is_none() -> None:
+    for argv in (["nope:/a", "b"], ["b", "nope:/a"]):
+        done = shoal("cp", *argv)
+        assert done.returncode == 1
+        assert done.stderr.startswith(b"error: no sandbox nope: nope:/a\nhint: "), argv
+
+
+def test_a_directory_that_is_not_of_its_format_is_refused_before_it_is_sent(
+    node: FakeNode, tmp_path: Path
+) -> None:
+    for format, name in (("oci", "OCI layout"), ("docker", "docker-archive")):
+        done = shoal("image", "import", "--format", format, str(tmp_path), "x")
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"error: no {name} in {tmp_path}\nhint: ".encode())
+    assert node.uploads == []
+
+
+def test_a_directory_that_is_hardly_a_root_file_system_is_imported_with_a_warning(
+    node: FakeNode, tmp_path: Path
+) -> None:
+    done = shoal("image", "import", str(tmp_path), "odd")
+    assert done.returncode == 0
+    assert done.stderr.startswith(b"warning: this does not look like a root file system: ")
+    assert "odd" in node.images
+    (tmp_path / "usr").mkdir()
+    assert shoal("image", "import", str(tmp_path), "fine").stderr == b""
+    (tmp_path / "usr").rmdir()
+    (tmp_path / "oci-layout").touch()
+    assert shoal("image", "import", str(tmp_path), "layout").stderr == b""
+
+
+def test_of_a_root_file_system_all_is_kept_whatever_files_are_in_it(
+    node: FakeNode, tmp_path: Path
+) -> None:
+    for name in ("bin", "oci-layout"):
+        (tmp_path / name).touch()
+    os.link(tmp_path / "bin", tmp_path / "twin")
+    assert shoal("image", "import", "--format", "rootfs", str(tmp_path), "x").returncode == 0
+    with tarfile.open(fileobj=BytesIO(node.uploads[0])) as tar:
+        assert tar.getmember("twin").type == tarfile.LNKTYPE
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "said"),
     [
@@ -291,6 +413,8 @@ def test_an_error_is_one_line_and_a_hint(
         ["run", "--nonsense", "--", "true"],
         ["run", "-e", "=x", "--", "true"],
         ["run", "--network", "open", "--", "true"],
+        ["run", "--json", "-t", "--", "true"],
+        ["exec", "--json", "-t", "sb-x", "true"],
         ["nonsense"],
         ["image", "import", "-"],
     ],
@@ -324,19 +448,17 @@ def test_streams_that_the_parent_closed_are_no_error(node: FakeNode) -> None:
 
 @pytest.mark.parametrize("code", [130, 143])
 def test_run_json_can_be_stopped_while_it_waits_for_stdin(node: FakeNode, code: int) -> None:
-    argv = [sys.executable, "-m", "shoal", "run", "--json", "--", "true"]
+    argv = [sys.executable, "-m", "shoal", "run", "--json", "--", "cat"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, env=_environment()) as program:
         deadline = time.monotonic() + 20
-        # The second thread is the one that reads.
-        while len(_threads(program.pid)) < 2 and time.monotonic() < deadline:
+        while time.monotonic() < deadline and not any(
+            sandbox.execs for sandbox in node.sandboxes.values()
+        ):
             time.sleep(0.02)
         program.send_signal(code - 128)
         assert program.wait(timeout=10) == code
-    assert not node.sandboxes
-
-
-def _threads(pid: int) -> list[str]:
-    return os.listdir(f"/proc/{pid}/task")
+    assert node.sandboxes
+    assert _ended(node)
 
 
 def test_what_is_not_utf8_is_refused_in_a_line(node: FakeNode) -> None:
@@ -345,6 +467,9 @@ def test_what_is_not_utf8_is_refused_in_a_line(node: FakeNode) -> None:
         done = shoal(*argv)
         assert done.returncode == 1
         assert done.stderr == b"error: not UTF-8: '\\udcff'\n", argv
+    copied = shoal("cp", __file__, f"{sandbox}:/x\udcff")
+    assert (copied.returncode, copied.stderr[:17]) == (1, b"error: not UTF-8:")
+    assert not (node.sandboxes[sandbox].root / "x").exists()
 
 
 def test_an_empty_id_is_an_error_and_a_hint_and_nothing_else(node: FakeNode) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from aiohttp import web
 import shoal
 from shoal import AsyncSandbox, errors
 from shoal.errors import (
+    ConflictError,
     DeadlineExceededError,
     ExecFailedError,
     ImageNotFoundError,
@@ -19,6 +22,7 @@ from shoal.errors import (
     NodeUnavailableError,
     PathNotFoundError,
     SandboxGoneError,
+    from_problem,
 )
 from shoal.sdk.tests.fake_node import FakeNode
 from shoal.types import Outcome, Reason, SandboxSpec
@@ -436,3 +440,12 @@ def test_the_door_has_what_it_says() -> None:
             assert getattr(shoal, name) is not None
     with pytest.raises(AttributeError):
         _ = shoal.nothing
+
+
+def test_a_traceback_shows_an_errors_hint_once() -> None:
+    error = ConflictError("taken", hint="take another", which=1)
+    for shown in (error, from_problem(error.to_problem()), pickle.loads(pickle.dumps(error))):
+        lines = traceback.format_exception(shown)
+        assert lines == ["shoal.errors.ConflictError: taken\n", "hint: take another\n"]
+        assert str(shown) == "taken"
+    assert traceback.format_exception(ConflictError("taken"))[1:] == []

@@ -43,7 +43,7 @@ def _unpack(
         unpacker.finish()
     finally:
         unpacker.close()
-    return unpacker.skipped
+    return [name for name, _ in unpacker.skipped]
 
 
 @pytest.fixture
