@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -499,10 +499,14 @@ def test_a_second_node_on_a_data_directory_is_refused_and_the_first_goes_on(
 
 
 def _all_end(pids: list[int], stack: ExitStack) -> Callable[[float], bool]:
-    """Pin processes; the answer tells whether all of them end within so many seconds."""
+    """Pin processes; the answer tells whether all of them end within so many seconds.
+
+    None of them outlives the stack, whatever the answer was.
+    """
     pinned = {os.pidfd_open(pid) for pid in pids}
     for fd in pinned:
         stack.callback(os.close, fd)
+        stack.callback(_end, fd)
 
     def judge(seconds: float) -> bool:
         end = time.monotonic() + seconds
@@ -514,6 +518,11 @@ def _all_end(pids: list[int], stack: ExitStack) -> Callable[[float], bool]:
         return True
 
     return judge
+
+
+def _end(process: int) -> None:
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(process, signal.SIGKILL)
 
 
 def _server(node: PrivateNode) -> int:
