@@ -297,6 +297,43 @@ def test_without_root_no_node_starts(arguments: tuple[str, ...], as_root: None) 
     private.remove()
 
 
+WITHOUT_NAMESPACES = """
+import ctypes, os, sys
+# Root with all its ids, in a namespace below which no other may be made: a host with user namespaces switched off.
+ready, go = os.pipe(), os.pipe()
+child = os.fork()
+if child == 0:
+    assert ctypes.CDLL(None).unshare(0x10000000) == 0
+    os.write(ready[1], b"x")
+    os.read(go[0], 1)
+    with open("/proc/sys/user/max_user_namespaces", "w") as file:
+        file.write("0")
+    os.execv(sys.executable, [sys.executable, "-B", "-m", "shoal", *sys.argv[1:]])
+os.read(ready[0], 1)
+for name in ("uid_map", "gid_map"):
+    with open(f"/proc/{child}/{name}", "w") as file:
+        file.write("0 0 4294967295")
+os.write(go[1], b"x")
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("arguments", [("run", "--", "true"), ("create",)])
+def test_without_user_namespaces_no_node_starts(arguments: tuple[str, ...], as_root: None) -> None:
+    private = PrivateNode.make()
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", WITHOUT_NAMESPACES, *arguments],
+        env=private.env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert_clear(done, "no user namespace")
+    assert not private.owners()
+    private.remove()
+
+
 def test_cp_06_another_user_cannot_reach_the_node(node: PrivateNode) -> None:
     nobody = pwd.getpwnam("nobody")
     for path in [node.socket, *(path for path in node.run_dir.rglob("*") if path.is_socket())]:

@@ -11,9 +11,9 @@ use super::pool::Pool;
 use super::processes::{self, Child, DoorFds};
 use super::rpc::Epoll;
 use super::runtimes::native::{self, Native};
-use super::spec::{DOOR_ID, LayerUnpack, UNPACK_ID};
+use super::spec::{DOOR_ID, IdMapping, LayerUnpack, UNPACK_ID};
 use super::sys::{self, FsContext};
-use super::{Options, landlock, log, unpack};
+use super::{Options, landlock, log, unpack, userns};
 
 /// A node that is up.
 pub struct Node {
@@ -58,6 +58,8 @@ pub fn node(options: &Options) -> Result<Node> {
     raise_limits()?;
     let signals = signals()?;
     leave_keyring();
+    // Better now than at the first create.
+    userns::make(&[IdMapping { container_id: 0, host_id: UNPACK_ID, size: 1 }]).map_err(|error| error.at("userns"))?;
     let host_mounts = sys::open("/proc/self/ns/mnt", libc::O_RDONLY)?;
     // SAFETY: plain numbers and null pointers where mount(2) wants none.
     unsafe {

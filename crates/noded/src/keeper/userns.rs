@@ -27,6 +27,11 @@ pub fn make(maps: &[IdMapping]) -> Result<OwnedFd> {
                 }
             },
         }
+    })
+    .map_err(|error| Error {
+        code: "host_unsupported",
+        message: format!("no user namespace: {error}"),
+        ..error
     })?;
     let result = map(pid, maps);
     sys::pidfd_kill(pidfd.as_fd(), libc::SIGKILL)?;

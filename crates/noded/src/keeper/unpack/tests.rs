@@ -284,6 +284,32 @@ fn a_layer_in_the_middle_of_a_file_is_read_from_there_to_its_length() {
 }
 
 #[test]
+fn a_layer_is_unpacked_however_many_descriptors_the_keeper_has() {
+    need_root!();
+    let yard = Yard::new();
+    let tar = sample();
+    fs::write(yard.path.join("blob"), &tar).unwrap();
+    let unpacked = as_keeper(|| {
+        let _sandboxes: Vec<fs::File> = (0..500).map(|_| fs::File::open("/dev/null").unwrap()).collect();
+        let blob = fs::File::open(yard.path.join("blob")).unwrap();
+        let target = fs::File::open(yard.path.join("target")).unwrap();
+        let worker = spawn(&Request {
+            blob: blob.as_fd(),
+            length: None,
+            target: target.as_fd(),
+            host_id: HOST_ID,
+            max_bytes: 1 << 20,
+            max_entries: 10,
+            cpu_seconds: 10,
+        })
+        .map_err(|error| (error, 0))?;
+        finish(&worker)
+    })
+    .unwrap();
+    assert_eq!(unpacked.diff_id, hex_sha256(&tar));
+}
+
+#[test]
 fn im_01_members_that_point_outside_touch_nothing_there() {
     need_root!();
     let yard = Yard::new();

@@ -52,13 +52,14 @@ fn confine(request: &Request<'_>, userns: &OwnedFd, mount: &OwnedFd, pipe: &mut 
     reset_signals();
     limit(libc::RLIMIT_AS, MEMORY)?;
     limit(libc::RLIMIT_CORE, 0)?;
-    limit(libc::RLIMIT_NOFILE, DESCRIPTORS)?;
     limit(libc::RLIMIT_CPU, request.cpu_seconds)?;
     limit(libc::RLIMIT_FSIZE, request.max_bytes)?;
     enter_target(mount)?;
     place_descriptors(request.blob, *pipe)?;
     *pipe = REPORT;
     join(userns)?;
+    // Not before the keeper's own are closed: it may have thousands.
+    limit(libc::RLIMIT_NOFILE, DESCRIPTORS)?;
     drop_privileges()?;
     filter::install()
 }
