@@ -7,15 +7,17 @@ use std::os::fd::OwnedFd;
 
 use shoal_wire::{HEADER_LEN, Header, Kind, Ready};
 
+use crate::changes::Notice;
 use crate::conn::{self, Channel, Conn, Step, Target, Work};
 use crate::exec::Exec;
 use crate::files;
+use crate::ports::Port;
 use crate::requests::push_archive_error;
 use crate::slab::{Key, Slab};
 use crate::spawn::Context;
 use crate::streams::Leftover;
 use crate::sys::{self, Epoll, Error};
-use crate::tree;
+use crate::tree::Processes;
 use crate::user::Users;
 
 /// What an event is about; for all but the first two the rest of the token is a [`Key`].
@@ -31,6 +33,11 @@ pub const STDERR_PIPE: u8 = 5;
 pub const STDIN: u8 = 6;
 /// An event on a [`Leftover`].
 pub const LEFTOVER: u8 = 7;
+/// An event on the socket of a [`Port`].
+pub const PORT: u8 = 9;
+
+/// Changes below a path that a channel watches.
+pub const CHANGES: u8 = 10;
 
 /// Connections served at a time.
 const MAX_CONNECTIONS: usize = 64;
@@ -81,6 +88,10 @@ pub struct Agent {
     pub execs: Slab<Exec>,
     /// See [`Leftover`].
     pub leftovers: Slab<Leftover>,
+    /// Connections to ports of the sandbox.
+    pub ports: Slab<Port>,
+    /// Channels that tell of changes.
+    pub notices: Slab<Notice>,
     /// Connections that have something to do.
     queue: Vec<Key>,
     /// Serial of the last command.
@@ -116,6 +127,8 @@ impl Agent {
             conns: Slab::default(),
             execs: Slab::default(),
             leftovers: Slab::default(),
+            ports: Slab::default(),
+            notices: Slab::default(),
             queue: Vec::new(),
             next_serial: 0,
             more_to_reap: true,
@@ -174,6 +187,8 @@ impl Agent {
             STDERR_PIPE => self.pump(key, 1),
             STDIN => self.feed(key),
             LEFTOVER => self.discard(key),
+            PORT => self.port_event(key, events),
+            CHANGES => self.changed(key),
             _ => {}
         }
     }
@@ -189,6 +204,7 @@ impl Agent {
             .iter()
             .flat_map(|(_, exec)| of_exec(exec))
             .chain(self.leftovers.iter().map(|(_, leftover)| leftover.pause_until))
+            .chain(self.notices.iter().map(|(_, notice)| notice.due))
             .chain([self.trim_at, self.accept_again_at])
             .flatten()
             .min();
@@ -200,20 +216,22 @@ impl Agent {
     fn timers(&mut self) {
         let now = self.now;
         let mut started = Vec::new();
+        let mut processes = None;
         for (key, exec) in self.execs.iter_mut() {
             if exec.announce_at.is_some_and(|at| at <= now) {
                 exec.announce_at = None;
                 started.push(key);
             }
             if exec.deadline_ns.is_some_and(|at| at <= now) {
-                exec.time_out();
+                exec.time_out(processes.get_or_insert_with(Processes::now));
                 exec.kill_again = Some((now + KILL_AGAIN_NS, KILL_TRIES));
             }
             if let Some((at, tries)) = exec.kill_again
                 && at <= now
             {
-                let left = tree::signal(exec.root(), libc::SIGKILL);
-                exec.kill_again = (left > 0 && tries > 0).then(|| (now + KILL_AGAIN_NS, tries - 1));
+                let left = processes.get_or_insert_with(Processes::now).signal(exec.root(), libc::SIGKILL);
+                // From the end of a look that may have taken longer than the pause: there is other work.
+                exec.kill_again = (left > 0 && tries > 0).then(|| (sys::now_ns() + KILL_AGAIN_NS, tries - 1));
             }
         }
         for key in started {
@@ -229,6 +247,15 @@ impl Agent {
                 leftover.pause_until = None;
                 let _ = epoll.add(&leftover.fd, libc::EPOLLIN, key.token(LEFTOVER));
             }
+        }
+        let due: Vec<Key> = self
+            .notices
+            .iter()
+            .filter(|(_, notice)| notice.due.is_some_and(|at| at <= now))
+            .map(|(key, _)| key)
+            .collect();
+        for key in due {
+            self.changed(key);
         }
         if self.accept_again_at.is_some_and(|at| at <= now) {
             self.accept_again_at = None;
@@ -346,7 +373,7 @@ impl Agent {
                 && let Some(channel) = conn.ready.pop_front()
             {
                 steps -= 1;
-                Self::step(conn, channel, &self.execs);
+                Self::step(conn, channel, &self.execs, &mut self.ports, &mut self.notices, &self.epoll);
             }
             if conn.pending() == 0 {
                 break;
@@ -381,7 +408,14 @@ impl Agent {
     }
 
     /// Takes one channel a bounded step further.
-    fn step(conn: &mut Conn, id: u32, execs: &Slab<Exec>) {
+    fn step(
+        conn: &mut Conn,
+        id: u32,
+        execs: &Slab<Exec>,
+        ports: &mut Slab<Port>,
+        notices: &mut Slab<Notice>,
+        epoll: &Epoll,
+    ) {
         let Conn { channels, out, .. } = conn;
         let Some(channel) = channels.get_mut(&id) else { return };
         channel.queued = false;
@@ -420,7 +454,23 @@ impl Agent {
                 push_archive_error(out, id, &error);
                 Step::Done
             }),
-            Work::Feed(..) | Work::Write(..) | Work::Unpack(..) => Step::Wait,
+            Work::Port(key) => {
+                let key = *key;
+                let step = ports.get_mut(key).map_or(Step::Done, |port| port.step(id, out));
+                if matches!(step, Step::Done) {
+                    ports.remove(key);
+                }
+                step
+            }
+            Work::Changes(changes) => {
+                let key = changes.key;
+                changes.step(id, out, epoll, notices).unwrap_or_else(|error| {
+                    notices.remove(key);
+                    conn::push_error(out, id, error, b"");
+                    Step::Done
+                })
+            }
+            Work::Wait(_) | Work::Feed(..) | Work::Write(..) | Work::Unpack(..) => Step::Wait,
         };
         match step {
             Step::More => conn.wake(id),
@@ -447,6 +497,16 @@ impl Agent {
                     && exec.attached == Some(target)
                 {
                     exec.attached = None;
+                    if exec.detached && exec.report.is_none() {
+                        // It may be waiting for this reader.
+                        self.pump(*key, 0);
+                        self.pump(*key, 1);
+                    }
+                }
+            }
+            Work::Wait(key) => {
+                if let Some(exec) = self.execs.get_mut(*key) {
+                    exec.waiting.retain(|waiting| *waiting != target);
                 }
             }
             Work::Feed(key, _) => {
@@ -455,8 +515,27 @@ impl Agent {
                 }
                 self.feed(*key);
             }
+            Work::Port(key) => {
+                if let Some(port) = self.ports.remove(*key) {
+                    port.hang_up();
+                }
+            }
+            Work::Changes(changes) => {
+                self.notices.remove(changes.key);
+            }
             _ => {}
         }
+    }
+
+    /// A watched directory has changed, or it was time to look.
+    fn changed(&mut self, key: Key) {
+        let Some(notice) = self.notices.get_mut(key) else { return };
+        notice.due = None;
+        let (conn_key, id) = notice.target;
+        if let Some(conn) = self.conns.get_mut(conn_key) {
+            conn.wake(id);
+        }
+        self.enqueue(conn_key);
     }
 
     /// Answers a request with Ok.

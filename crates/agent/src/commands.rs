@@ -26,8 +26,8 @@ const MAX_FINISHED_BYTES: usize = 32 << 20;
 const MAX_EXEC_ID: usize = 128;
 /// Children reaped before others get their turn.
 const REAPS_A_TURN: usize = 256;
-/// Descriptors kept free for connections and files, so that commands cannot use up the last one.
-const SPARE_FDS: u64 = 64;
+/// Descriptors kept free for connections and files, so that neither commands nor ports use up the last one.
+pub const SPARE_FDS: u64 = 64;
 /// Time after a fork before anything is told of a command that does not end: one that is over by then is told of in
 /// one go, with one wake of everybody instead of three.
 const START_WINDOW_NS: u64 = agent::MS;
@@ -47,6 +47,9 @@ impl Agent {
     /// Starts a command, or attaches to the one that has this id.
     pub fn exec_start(&mut self, target: Target, request: ExecStart) {
         if let Some(key) = self.find(&request.exec_id) {
+            if request.detached && self.tell_started(target, key) {
+                return;
+            }
             return self.attach(target, key, true, None);
         }
         if !(1..=MAX_EXEC_ID).contains(&request.exec_id.len()) {
@@ -85,6 +88,7 @@ impl Agent {
             serial: self.next_serial,
             pid,
             terminal: request.pty,
+            detached: request.detached,
             argv: request.argv,
             mark,
             started_ns: self.now,
@@ -103,7 +107,7 @@ impl Agent {
         let owner = (identity.uid, identity.gid);
         // Serials count from 1, so the first command's mark is one below the base.
         let mark = self.options.context.first_mark.map(|base| base - (self.next_serial + 1));
-        let command = Command::new(&request.argv, &request.env, &request.cwd, identity, mark)?;
+        let command = Command::new(&request.argv, &request.env, &request.cwd, identity, request.pty, mark)?;
         if request.make_cwd && !request.cwd.is_empty() {
             let owner = (owner != self.options.context.own).then_some(owner);
             files::make_dirs(&request.cwd, owner).map_err(NotStarted::at(Stage::Cwd))?;
@@ -155,6 +159,7 @@ impl Agent {
             // Its number is free for others as soon as it is reaped.
             exec.pid = 0;
             self.announce(key);
+            self.tell_end(key);
             self.feed(key);
             self.forget_oldest();
             return;
@@ -180,8 +185,7 @@ impl Agent {
         } else {
             let offsets = exec.outputs.each_ref().map(|output| output.ring.start());
             watcher.sent = offsets;
-            let [stdout_offset, stderr_offset] = offsets;
-            let started = Started { pid: exec.pid as u32, existing: watcher.existing, stdout_offset, stderr_offset };
+            let started = Started { existing: watcher.existing, ..exec.started() };
             conn::push(&mut conn.out, Kind::Started, 0, id, &started.encode());
             conn.wake(id);
         }
@@ -218,6 +222,19 @@ impl Agent {
         }
     }
 
+    /// Tells one who will not read that a command runs, without taking the output away from who does; false when
+    /// nobody does.
+    fn tell_started(&mut self, (conn_key, id): Target, key: Key) -> bool {
+        let read = |exec: &&Exec| exec.attached.is_some() && exec.report.is_none() && exec.exited.is_none();
+        let Some(exec) = self.execs.get(key).filter(read) else { return false };
+        let started = exec.started();
+        if let Some(conn) = self.conns.get_mut(conn_key) {
+            conn::push(&mut conn.out, Kind::Started, 0, id, &started.encode());
+        }
+        self.enqueue(conn_key);
+        true
+    }
+
     fn unknown_exec() -> Error {
         Error::new("no such exec", libc::ENOENT)
     }
@@ -227,6 +244,34 @@ impl Agent {
         match self.find(&request.exec_id) {
             Some(key) => self.attach(target, key, true, Some([request.stdout_offset, request.stderr_offset])),
             None => self.fail(target, Self::unknown_exec(), &request.exec_id),
+        }
+    }
+
+    /// Tells of a command's end, now or later, and takes its output from nobody.
+    pub fn exec_wait(&mut self, target: Target, id: &[u8]) {
+        let Some(key) = self.find(id) else { return self.fail(target, Self::unknown_exec(), id) };
+        let (Some(exec), Some(conn)) = (self.execs.get_mut(key), self.conns.get_mut(target.0)) else { return };
+        if let Some(exited) = &exec.exited {
+            conn::push(&mut conn.out, Kind::Exited, 0, target.1, &exited.encode());
+            return self.enqueue(target.0);
+        }
+        conn::push(&mut conn.out, Kind::Started, 0, target.1, &exec.started().encode());
+        exec.waiting.push(target);
+        self.open(target, Work::Wait(key));
+        self.enqueue(target.0);
+    }
+
+    /// Tells those who wait for a command's end.
+    fn tell_end(&mut self, key: Key) {
+        let Some(exec) = self.execs.get_mut(key) else { return };
+        let Some(exited) = &exec.exited else { return };
+        let payload = exited.encode();
+        for (conn_key, id) in std::mem::take(&mut exec.waiting) {
+            if let Some(conn) = self.conns.get_mut(conn_key) {
+                conn.channels.remove(&id);
+                conn::push(&mut conn.out, Kind::Exited, 0, id, &payload);
+            }
+            self.enqueue(conn_key);
         }
     }
 
@@ -372,6 +417,7 @@ impl Agent {
             exec.stdin = None;
             exec.stdin_watched = false;
             self.announce(key);
+            self.tell_end(key);
             self.feed(key);
             self.pump(key, 0);
             self.pump(key, 1);

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use shoal_archive::Unpack;
 use shoal_wire::{Failure, HEADER_LEN, Header, Kind};
 
+use crate::changes::Changes;
 use crate::exec::{Feeder, Watcher};
 use crate::files::Draft;
 use crate::jobs::{Listing, Packing, Reading, Removal};
@@ -31,6 +32,8 @@ pub type Target = (Key, u32);
 pub enum Work {
     /// Output of an exec.
     Watch(Key, Watcher),
+    /// The end of an exec, and none of its output.
+    Wait(Key),
     /// Stdin of an exec.
     Feed(Key, Feeder),
     /// A file that is read.
@@ -45,6 +48,10 @@ pub enum Work {
     Pack(Box<Packing>),
     /// An archive that is unpacked.
     Unpack(Box<Unpack>, Taken),
+    /// A connection to a port.
+    Port(Key),
+    /// A tree whose changes are told.
+    Changes(Box<Changes>),
 }
 
 /// How far an upload has come.
@@ -164,7 +171,15 @@ impl Conn {
         {
             match sys::send(&self.fd, rest) {
                 Ok(count) => self.sent += count,
-                Err(Error { errno: libc::EAGAIN, .. }) => return Ok(false),
+                Err(Error { errno: libc::EAGAIN, .. }) => {
+                    // While there is always more to send, nothing else would ever give back what is out. Each byte
+                    // is moved once at the most.
+                    if self.sent >= self.pending() {
+                        self.out.drain(..self.sent);
+                        self.sent = 0;
+                    }
+                    return Ok(false);
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -196,5 +211,30 @@ impl Conn {
         if self.ready.is_empty() {
             self.ready.shrink_to_fit();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read as _;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn rs_09_a_client_that_is_always_behind_costs_no_more_than_what_it_is_behind() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut conn = Conn::new(ours.into());
+        let payload = vec![0; 64 << 10];
+        let mut read = vec![0; 64 << 10];
+        while conn.send().unwrap() {
+            push(&mut conn.out, Kind::Data, 0, 1, &payload);
+        }
+        for _ in 0..4096 {
+            push(&mut conn.out, Kind::Data, 0, 1, &payload);
+            theirs.read_exact(&mut read).unwrap();
+            conn.send().unwrap();
+            assert!(conn.pending() > 0, "the client has caught up");
+        }
+        assert!(conn.out.capacity() <= MOST_OUTPUT, "{} bytes are held for {}", conn.out.capacity(), conn.pending());
     }
 }

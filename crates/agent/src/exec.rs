@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use shoal_wire::{DATA_CHUNK, EOF, ExecStatus, Exited, Kind, Outcome, STDERR, Stage};
+use shoal_wire::{DATA_CHUNK, EOF, ExecStatus, Exited, Kind, Outcome, STDERR, Stage, Started};
 
 use crate::conn::{self, Step, Target};
 use crate::ring::Ring;
@@ -46,14 +46,16 @@ impl Output {
     }
 
     /// Moves what is there into the ring, without waiting; returns an end that others still hold open.
-    pub fn pump(&mut self) -> Option<OwnedFd> {
+    ///
+    /// `dropping`: a full ring loses its oldest bytes, so that the command never waits.
+    pub fn pump(&mut self, dropping: bool) -> Option<OwnedFd> {
         let mut turn = READ_A_TURN;
         while turn > 0 {
             if self.left == Some(0) {
                 return self.end();
             }
             let Some(fd) = &self.fd else { return None };
-            if !self.ring.make_room() {
+            if !self.ring.make_room() && (!dropping || self.ring.drop_oldest() == 0) {
                 return None;
             }
             let most = self.left.unwrap_or(u64::MAX).min(turn as u64) as usize;
@@ -114,6 +116,8 @@ pub struct Exec {
     pub pid: i32,
     /// The leader has a terminal.
     pub terminal: bool,
+    /// It never waits for a reader: see [`Exec::drops`].
+    pub detached: bool,
     argv: Vec<Vec<u8>>,
     mark: Option<u64>,
     started_ns: u64,
@@ -142,6 +146,8 @@ pub struct Exec {
     pub inputs: VecDeque<Target>,
     /// The channel that its output goes to.
     pub attached: Option<Target>,
+    /// Channels that are told of its end.
+    pub waiting: Vec<Target>,
     /// How it ended.
     pub exited: Option<Exited>,
 }
@@ -157,6 +163,8 @@ pub struct Birth {
     pub pid: i32,
     /// As in [`Exec`].
     pub terminal: bool,
+    /// As in [`Exec`].
+    pub detached: bool,
     /// Program and arguments.
     pub argv: Vec<Vec<u8>>,
     /// See [`tree`].
@@ -187,6 +195,7 @@ impl Exec {
             serial: birth.serial,
             pid: birth.pid,
             terminal: birth.terminal,
+            detached: birth.detached,
             argv,
             mark: birth.mark,
             started_ns: birth.started_ns,
@@ -204,6 +213,7 @@ impl Exec {
             stdin_ended: false,
             inputs: VecDeque::new(),
             attached: None,
+            waiting: Vec::new(),
             exited: None,
         }
     }
@@ -225,9 +235,21 @@ impl Exec {
         }
     }
 
+    /// What one is told who attaches now.
+    pub fn started(&self) -> Started {
+        let [stdout_offset, stderr_offset] = self.outputs.each_ref().map(|output| output.ring.start());
+        let detached = self.detached;
+        Started { pid: self.pid as u32, existing: true, stdout_offset, stderr_offset, detached }
+    }
+
     /// Bytes of output that nobody consumed.
     pub fn unconsumed(&self) -> usize {
         self.outputs.iter().map(|output| output.ring.len()).sum()
+    }
+
+    /// Output that finds no room takes the place of the oldest: nobody reads, and it was said that this may last.
+    pub fn drops(&self) -> bool {
+        self.detached && self.attached.is_none()
     }
 
     /// What its process tree is known by.
@@ -236,7 +258,7 @@ impl Exec {
         tree::Root { leader, mark: self.mark }
     }
 
-    /// Sends a client's signal.
+    /// Sends a client's signal: to the command's own process, or to its whole tree.
     ///
     /// # Errors
     /// `ESRCH` when nobody is left to get it, `EINVAL` for a number that is no signal.
@@ -247,13 +269,11 @@ impl Exec {
         }
         let nobody = Error::new("kill", libc::ESRCH);
         if whole_tree {
-            if tree::signal(self.root(), number) == 0 {
+            if tree::Processes::now().signal(self.root(), number) == 0 {
                 return Err(nobody);
             }
         } else {
-            let leader = self.root().leader.ok_or(nobody)?;
-            // Until it has called setsid there is no group, only the process.
-            sys::kill(-leader, number).or_else(|_| sys::kill(leader, number))?;
+            sys::kill(self.root().leader.ok_or(nobody)?, number)?;
         }
         if self.exited.is_none() {
             self.client_signals |= 1 << (number - 1);
@@ -262,10 +282,10 @@ impl Exec {
     }
 
     /// Kills it because its time is up.
-    pub fn time_out(&mut self) {
+    pub fn time_out(&mut self, processes: &tree::Processes) {
         self.deadline_ns = None;
         self.timed_out = true;
-        tree::signal(self.root(), libc::SIGKILL);
+        processes.signal(self.root(), libc::SIGKILL);
     }
 
     /// Takes note of the leader's end; `oom_kills` is the sandbox's count by now.
@@ -301,6 +321,7 @@ impl Exec {
             read_bytes: usage.ru_inblock as u64 * 512,
             written_bytes: usage.ru_oublock as u64 * 512,
             oom_kills,
+            pid: self.pid as u32,
         });
         self.deadline_ns = None;
         for output in &mut self.outputs {

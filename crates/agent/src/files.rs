@@ -15,6 +15,15 @@ const MAX_LINKS: usize = 40;
 /// Permission bits of a directory that we make.
 const DIRECTORY_MODE: u32 = 0o755;
 
+/// What the name of a [`Draft`] begins with.
+const DRAFT: &str = ".shoal-";
+
+/// Whether a name is that of a [`Draft`], a file that is not there yet.
+pub fn is_draft(name: &[u8]) -> bool {
+    let digits = name.strip_prefix(DRAFT.as_bytes());
+    digits.is_some_and(|digits| digits.len() == 16 && digits.iter().all(u8::is_ascii_hexdigit))
+}
+
 /// Who will own what is made.
 pub type Owner = (u32, u32);
 
@@ -189,6 +198,19 @@ pub fn open_to_list(path: &[u8]) -> Result<OwnedFd> {
     sys::openat2(None, &absolute(path)?, libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NONBLOCK, 0, 0)
 }
 
+/// Finds the directory to watch for changes of a path, and the one name in it that counts when the path is no directory.
+pub fn open_to_watch(path: &[u8]) -> Result<(OwnedFd, Option<Vec<u8>>)> {
+    match open_to_list(path) {
+        Err(Error { errno: libc::ENOTDIR, .. }) => {
+            // A file that is replaced is another one of the same name.
+            let Place { dir, name } = place_followed(path)?;
+            sys::fstatat(&dir, &name)?;
+            Ok((dir, Some(name.into_bytes())))
+        }
+        opened => Ok((opened?, None)),
+    }
+}
+
 /// Makes the directories of a path that are missing, each owned by `owner`.
 ///
 /// Returns whether the last one was made now.
@@ -244,6 +266,19 @@ pub fn rename(from: &[u8], to: &[u8]) -> Result<()> {
     sys::renameat(&from.dir, &from.name, &to.dir, &to.name)
 }
 
+/// Changes permission bits and owner of a path, links followed; `mode` `u32::MAX` and `owner` `None` change nothing.
+pub fn change(path: &[u8], mode: u32, owner: Option<Owner>) -> Result<FileInfo> {
+    let fd = sys::openat2(None, &absolute(path)?, libc::O_PATH, 0, 0)?;
+    if let Some((uid, gid)) = owner {
+        sys::chown_path(&fd, uid, gid)?;
+    }
+    // After the owner: a change of owner clears the set-id bits.
+    if mode != u32::MAX {
+        sys::chmod_path(&fd, mode & 0o7777)?;
+    }
+    Ok(info(path.to_vec(), &sys::fstat(&fd)?, Vec::new()))
+}
+
 /// Writes /etc/hosts where the image has none; that it cannot is no fault.
 pub fn make_hosts(owner: Option<Owner>) {
     let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_EXCL | libc::O_NOFOLLOW;
@@ -288,7 +323,7 @@ impl Draft {
         let owner = owner.or(replaced.map(|stat| (stat.st_uid, stat.st_gid))).or(default_owner);
         let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_EXCL | libc::O_NOFOLLOW;
         loop {
-            let name = format!(".shoal-{:016x}", sys::random());
+            let name = format!("{DRAFT}{:016x}", sys::random());
             let temporary = CString::new(name).map_err(|_| Error::new("path", libc::EINVAL))?;
             match sys::openat2(Some(at.dir.as_fd()), &temporary, flags, 0o600, 0) {
                 Err(Error { errno: libc::EEXIST, .. }) => {}

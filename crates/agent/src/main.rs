@@ -1,18 +1,20 @@
 //! PID 1 of every sandbox.
 //!
 //! It is made outside, comes in through a sealed memfd with everything it needs as descriptors, and serves the front
-//! door on the unix socket it was handed: commands, files, signals. It also reaps what nobody else waits for. See
+//! door on the unix socket it was handed: commands, files, signals, ports. It also reaps what nobody else waits for. See
 //! [`agent`] for the poll loop, [`spawn`] for the way of a command, [`files`] for paths.
 
 // Without std's own main, which asks the system for things that PID 1 never needs: 12 KiB and a tenth of a millisecond.
 #![cfg_attr(not(test), no_main)]
 
 mod agent;
+mod changes;
 mod commands;
 mod conn;
 mod exec;
 mod files;
 mod jobs;
+mod ports;
 mod requests;
 mod ring;
 mod slab;

@@ -2,11 +2,12 @@
 
 use shoal_archive::{Limits, Policy, Unpack};
 use shoal_wire::{
-    DecodeError, ExecAttach, ExecInput, ExecResize, ExecSignal, ExecStart, FileList, FileRead, FileRename, FileUnpack,
-    FileWrite, Header, Kind, PathRequest, Reader, Window,
+    DecodeError, ExecAttach, ExecInput, ExecResize, ExecSignal, ExecStart, FileChange, FileList, FileRead, FileRename,
+    FileUnpack, FileWatch, FileWrite, Header, Kind, PathRequest, PortConnect, Reader, Window,
 };
 
 use crate::agent::Agent;
+use crate::changes::{Changes, Notice};
 use crate::conn::{self, Channel, Taken, Target, Work};
 use crate::files::{self, Draft, Owner};
 use crate::jobs::{Listing, Packing, Reading, Removal};
@@ -17,8 +18,14 @@ use crate::user::Identity;
 /// Channels open on one connection.
 const MAX_CHANNELS: usize = 4096;
 
+/// Channels that may tell of changes; all sandboxes' count against one limit of the kernel's (128 as a rule).
+const MAX_WATCHERS: usize = 16;
+
 /// The other side broke the protocol; its connection ends.
 pub struct Violation;
+
+/// A request is over: it was answered with what is wrong with it.
+struct Answered;
 
 impl From<DecodeError> for Violation {
     fn from(_: DecodeError) -> Self {
@@ -70,6 +77,13 @@ impl Agent {
                 reader.finish()?;
                 self.exec_forget(target, &id);
             }
+            Kind::ExecWait => {
+                let mut reader = Reader::new(payload);
+                let id = reader.bytes()?;
+                reader.finish()?;
+                self.exec_wait(target, &id);
+            }
+            Kind::PortConnect => self.port_connect(target, &PortConnect::decode(payload)?),
             _ => self.file_request(target, header.kind, payload)?,
         }
         Ok(())
@@ -90,7 +104,8 @@ impl Agent {
             }
             Kind::FileWrite => {
                 let request = FileWrite::decode(payload)?;
-                match self.begin_write(&request) {
+                let Ok(owner) = self.named(target, &request.user) else { return Ok(()) };
+                match self.begin_write(&request, owner) {
                     Ok(draft) => self.open(target, Work::Write(Box::new(draft), Taken::default())),
                     Err(error) => self.fail(target, error, &request.path),
                 }
@@ -111,10 +126,8 @@ impl Agent {
             }
             Kind::FileMakeDir => {
                 let request = PathRequest::decode(payload)?;
-                let made = self
-                    .owner(&request.user)
-                    .and_then(|owner| files::make_dir(&request.path, request.bits & 1 != 0, owner));
-                match made {
+                let Ok(owner) = self.named(target, &request.user) else { return Ok(()) };
+                match files::make_dir(&request.path, request.bits & 1 != 0, owner.or(self.default_owner())) {
                     Ok(info) => self.reply(target, &info.encode()),
                     Err(error) => self.fail(target, error, &request.path),
                 }
@@ -143,14 +156,47 @@ impl Agent {
             }
             Kind::FileUnpack => {
                 let request = FileUnpack::decode(payload)?;
-                match self.begin_unpack(&request) {
+                let Ok(owner) = self.named(target, &request.user) else { return Ok(()) };
+                match self.begin_unpack(&request.path, owner.or(self.default_owner())) {
                     Ok(unpack) => self.open(target, Work::Unpack(Box::new(unpack), Taken::default())),
+                    Err(error) => self.fail(target, error, &request.path),
+                }
+            }
+            Kind::FileWatch => {
+                let request = FileWatch::decode(payload)?;
+                if let Err(error) = self.begin_watch(target, &request) {
+                    self.fail(target, error, &request.path);
+                }
+            }
+            Kind::FileChange => {
+                let request = FileChange::decode(payload)?;
+                let Ok(owner) = self.named(target, &request.user) else { return Ok(()) };
+                match files::change(&request.path, request.mode, owner) {
+                    Ok(info) => self.reply(target, &info.encode()),
                     Err(error) => self.fail(target, error, &request.path),
                 }
             }
             _ => return Err(Violation),
         }
         Ok(())
+    }
+
+    /// Begins to tell of changes.
+    fn begin_watch(&mut self, target: Target, request: &FileWatch) -> Result<(), Error> {
+        if self.notices.len() >= MAX_WATCHERS {
+            return Err(Error::new("watchers", libc::EMFILE));
+        }
+        let key = self.notices.insert(Notice { target, due: None });
+        match Changes::new(key, &request.path, request.recursive, &self.epoll) {
+            Ok(changes) => {
+                self.open(target, Work::Changes(Box::new(changes)));
+                Ok(())
+            }
+            Err(error) => {
+                self.notices.remove(key);
+                Err(error)
+            }
+        }
     }
 
     /// Answers a request with what was wrong with an archive.
@@ -161,21 +207,31 @@ impl Agent {
         self.enqueue(key);
     }
 
-    /// The owner that a request names; `None`: nothing was named and nothing has to change.
-    ///
-    /// Nobody named is root, or whoever runs the agent when it may become nobody else.
-    fn owner(&mut self, user: &[u8]) -> Result<Option<Owner>, Error> {
+    /// The owner that a request names, if it names one.
+    fn named(&mut self, target: Target, user: &[u8]) -> Result<Option<Owner>, Answered> {
         if user.is_empty() {
-            return Ok(self.options.privileged.then_some((0, 0)));
+            return Ok(None);
         }
-        let Identity { uid, gid, .. } = self.users.find(user)?;
-        Ok(Some((uid, gid)))
+        match self.users.find(user) {
+            Ok(Identity { uid, gid, .. }) => Ok(Some((uid, gid))),
+            Err(error) => {
+                let why = if error.errno == libc::ENOENT { "no such" } else { "not a" };
+                let what = [b"user \"", user, b"\": ", why.as_bytes(), b" ", error.call.as_bytes()].concat();
+                // Without errno: the call was about a path, and nothing is wrong with that.
+                self.fail(target, Error::new(error.call, 0), &what);
+                Err(Answered)
+            }
+        }
+    }
+
+    /// Who owns what is made and nobody is named for: root, or whoever runs the agent when it may become nobody else.
+    fn default_owner(&self) -> Option<Owner> {
+        self.options.privileged.then_some((0, 0))
     }
 
     /// Begins a file, its parents first if they are asked for.
-    fn begin_write(&mut self, request: &FileWrite) -> Result<Draft, Error> {
-        let owner = if request.user.is_empty() { None } else { self.owner(&request.user)? };
-        let default_owner = self.owner(b"")?;
+    fn begin_write(&self, request: &FileWrite, owner: Option<Owner>) -> Result<Draft, Error> {
+        let default_owner = self.default_owner();
         if request.parents {
             let end = request.path.iter().rposition(|byte| *byte != b'/').map_or(0, |at| at + 1);
             let name_at = request.path.get(..end).and_then(|path| path.iter().rposition(|byte| *byte == b'/'));
@@ -187,10 +243,9 @@ impl Agent {
     }
 
     /// Begins to unpack into a directory, which is made when missing.
-    fn begin_unpack(&mut self, request: &FileUnpack) -> Result<Unpack, Error> {
-        let owner = self.owner(&request.user)?;
-        files::make_dirs(&request.path, owner)?;
-        let root = files::open_to_list(&request.path)?;
+    fn begin_unpack(&self, path: &[u8], owner: Option<Owner>) -> Result<Unpack, Error> {
+        files::make_dirs(path, owner)?;
+        let root = files::open_to_list(path)?;
         let (uid, gid) = owner.unwrap_or(self.options.context.own);
         Ok(Unpack::new(root, Policy::Upload { uid, gid }, Limits::default()))
     }

@@ -179,6 +179,12 @@ impl Ring {
         self.length -= count;
         self.head = if self.length == 0 { 0 } else { (self.head + count) % capacity };
     }
+    /// Lets go of about a quarter of what is held, the oldest; 0 when nothing is held.
+    pub fn drop_oldest(&mut self) -> usize {
+        let count = self.length.div_ceil(4);
+        self.consume(self.start + count as u64);
+        count
+    }
     /// Takes no more memory than what is held needs, for a stream that has ended: hundreds of them may be kept.
     pub fn compact(&mut self) {
         self.shrink();

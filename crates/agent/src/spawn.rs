@@ -15,6 +15,8 @@ use crate::user::Identity;
 
 /// PATH of a command whose environment has none.
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// TERM of a command that has a terminal, and whose environment does not say what kind.
+const DEFAULT_TERM: &[u8] = b"xterm-256color";
 
 /// Why a command did not start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +73,8 @@ pub struct Command {
     env: Strings,
     /// Files to try, in order.
     programs: Vec<CString>,
+    /// They come from PATH, so that one that is not there says nothing of the next.
+    searched: bool,
     cwd: CString,
     cwd_is_default: bool,
     identity: Identity,
@@ -87,9 +91,14 @@ fn variable<'a>(env: &'a [Vec<u8>], name: &[u8]) -> Option<&'a [u8]> {
     env.iter().find_map(|entry| entry.strip_prefix(name)?.strip_prefix(b"="))
 }
 
+/// Whether execvp(3) would look for this name in PATH.
+fn is_searched(name: &[u8]) -> bool {
+    !name.is_empty() && !name.contains(&b'/')
+}
+
 /// The files that execvp(3) would try for this name.
 fn candidates(name: &[u8], path: &[u8]) -> Vec<Vec<u8>> {
-    if name.is_empty() || name.contains(&b'/') {
+    if !is_searched(name) {
         return vec![name.to_vec()];
     }
     let full = |dir: &[u8]| if dir.is_empty() { name.to_vec() } else { [dir, b"/", name].concat() };
@@ -99,12 +108,14 @@ fn candidates(name: &[u8], path: &[u8]) -> Vec<Vec<u8>> {
 impl Command {
     /// Checks a request and lays out what the child needs.
     ///
-    /// `cwd` empty is the home; `mark` is what [`crate::tree`] knows the command's descendants by.
+    /// `cwd` empty is the home; `terminal`: it gets one; `mark` is what [`crate::tree`] knows the command's descendants
+    /// by.
     pub fn new(
         argv: &[Vec<u8>],
         env: &[Vec<u8>],
         cwd: &[u8],
         identity: Identity,
+        terminal: bool,
         mark: Option<u64>,
     ) -> Result<Self, NotStarted> {
         let invalid = NotStarted { stage: Stage::Request, errno: libc::EINVAL };
@@ -115,12 +126,13 @@ impl Command {
         let path = variable(env, b"PATH").unwrap_or(DEFAULT_PATH);
         let programs = candidates(program, path).iter().map(|file| text(file)).collect::<Result<_, _>>()?;
         let mut variables = env.iter().map(|entry| text(entry)).collect::<Result<Vec<_>, _>>()?;
-        let defaults: [(&[u8], &[u8]); 5] = [
+        let defaults: [(&[u8], &[u8]); 6] = [
             (b"PATH", DEFAULT_PATH),
             (b"HOME", &identity.home),
             (b"USER", &identity.name),
             (b"LOGNAME", &identity.name),
             (b"SHELL", &identity.shell),
+            (b"TERM", if terminal { DEFAULT_TERM } else { b"" }),
         ];
         for (name, value) in defaults {
             if !value.is_empty() && variable(env, name).is_none() {
@@ -131,6 +143,7 @@ impl Command {
             argv: Strings::new(argv.iter().map(|entry| text(entry)).collect::<Result<_, _>>()?),
             env: Strings::new(variables),
             programs,
+            searched: is_searched(program),
             cwd: text(if cwd.is_empty() { &identity.home } else { cwd })?,
             cwd_is_default: cwd.is_empty(),
             identity,
@@ -276,6 +289,8 @@ unsafe fn change_identity(identity: &Identity, context: &Context) -> Result<(), 
 }
 
 /// execve(2) on each candidate, as execvp(3) goes on and stops, but without its shell for files of no known format.
+///
+/// Returns what the kernel said of the one file that was named, or what the search came to.
 fn execute(command: &Command) -> i32 {
     let mut result = libc::ENOENT;
     for program in &command.programs {
@@ -283,6 +298,7 @@ fn execute(command: &Command) -> i32 {
         // SAFETY: the program ends in NUL, both arrays end in a null pointer, all strings live in `command`.
         unsafe { libc::execve(program.as_ptr(), command.argv.pointers.as_ptr(), command.env.pointers.as_ptr()) };
         match errno() {
+            errno if !command.searched => return errno,
             // EACCES is remembered, because a later directory may still have it.
             libc::EACCES => result = libc::EACCES,
             libc::ENOENT | libc::ENOTDIR | libc::ESTALE | libc::ENODEV | libc::ETIMEDOUT => {}
@@ -310,7 +326,7 @@ mod tests {
     fn missing_variables_come_from_the_user_and_given_ones_stay() {
         let identity =
             Identity { home: b"/h".to_vec(), name: b"n".to_vec(), shell: b"/s".to_vec(), ..Identity::default() };
-        let command = Command::new(&[b"true".to_vec()], &[b"HOME=/x".to_vec()], b"", identity, None).unwrap();
+        let command = Command::new(&[b"true".to_vec()], &[b"HOME=/x".to_vec()], b"", identity, false, None).unwrap();
         let env: Vec<_> = command.env.owned.iter().map(|entry| entry.to_str().unwrap()).collect();
         assert_eq!(env[0], "HOME=/x");
         assert!(env.contains(&"USER=n") && env.contains(&"LOGNAME=n") && env.contains(&"SHELL=/s"));
@@ -321,7 +337,8 @@ mod tests {
 
     #[test]
     fn requests_that_make_no_sense_name_their_stage() {
-        let make = |argv: &[Vec<u8>], cwd: &[u8]| Command::new(argv, &[], cwd, Identity::default(), None).unwrap_err();
+        let make =
+            |argv: &[Vec<u8>], cwd: &[u8]| Command::new(argv, &[], cwd, Identity::default(), false, None).unwrap_err();
         assert_eq!(make(&[], b"/"), NotStarted { stage: Stage::Request, errno: libc::EINVAL });
         assert_eq!(make(&[b"a\0b".to_vec()], b"/"), NotStarted { stage: Stage::Request, errno: libc::EINVAL });
         assert_eq!(make(&[b"a".to_vec()], b"tmp"), NotStarted { stage: Stage::Cwd, errno: libc::EINVAL });

@@ -66,6 +66,10 @@ impl Agent {
                     self.tell_window(target, told);
                 }
             }
+            Work::Port(port) => {
+                let port = *port;
+                return self.port_data(port, payload, eof);
+            }
             // A channel that is done may have been given another meaning; all others send and do not take.
             Work::Watch(_, watcher) if watcher.done => {}
             _ => return Err(Violation),
@@ -73,7 +77,8 @@ impl Agent {
         Ok(())
     }
 
-    fn tell_window(&mut self, (key, id): Target, consumed: Option<u64>) {
+    /// Tells the client how much of its stream is consumed, if that is due.
+    pub fn tell_window(&mut self, (key, id): Target, consumed: Option<u64>) {
         let Some(consumed) = consumed else { return };
         if let Some(conn) = self.conns.get_mut(key) {
             conn::push(&mut conn.out, Kind::Window, 0, id, &Window { consumed }.encode());
@@ -106,6 +111,8 @@ impl Agent {
         let keeps_rules = match &mut channel.work {
             Work::Read(reading) => reading.consumed(consumed),
             Work::Pack(packing) => packing.consumed(consumed),
+            Work::Port(port) => self.ports.get_mut(*port).is_none_or(|port| port.consumed(consumed)),
+            Work::Changes(changes) => changes.consumed(consumed),
             Work::Watch(exec_key, watcher) => {
                 let stream = usize::from(flags & STDERR != 0);
                 let sent = watcher.sent.get(stream).copied().unwrap_or(0);
@@ -132,9 +139,9 @@ impl Agent {
     /// Reads what a command has written, as far as there is room, and passes it on.
     pub fn pump(&mut self, key: Key, stream: usize) {
         let Some(exec) = self.execs.get_mut(key) else { return };
-        let terminal = exec.terminal;
+        let (terminal, dropping) = (exec.terminal, exec.drops());
         let Some(output) = exec.outputs.get_mut(stream) else { return };
-        let leftover = output.pump();
+        let leftover = output.pump(dropping);
         if let Some(fd) = leftover {
             if output.watched {
                 self.epoll.remove(&fd);
@@ -149,13 +156,15 @@ impl Agent {
 
     /// Has the poll loop look at a stream, or not: with no room left, a pipe that hung up would wake it for ever.
     pub fn watch(&mut self, key: Key, stream: usize) {
-        let Some(output) = self.execs.get_mut(key).and_then(|exec| exec.outputs.get_mut(stream)) else { return };
+        let Some(exec) = self.execs.get_mut(key) else { return };
+        let dropping = exec.drops();
+        let Some(output) = exec.outputs.get_mut(stream) else { return };
         let tag = if stream == 0 { STDOUT } else { STDERR_PIPE };
         let Some(fd) = &output.fd else {
             output.watched = false;
             return;
         };
-        let wanted = output.ring.has_room();
+        let wanted = dropping || output.ring.has_room();
         if wanted && !output.watched {
             output.watched = self.epoll.add(fd, libc::EPOLLIN, key.token(tag)).is_ok();
         } else if !wanted && output.watched {

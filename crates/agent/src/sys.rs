@@ -2,7 +2,7 @@
 //!
 //! Every signal that can be blocked is blocked for the whole life of the agent, so no call here meets `EINTR`.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
@@ -150,6 +150,18 @@ pub fn receive(fd: &impl AsRawFd, into: &mut Vec<u8>) -> Result<usize> {
     Ok(got)
 }
 
+/// As [`receive`], but takes `most` bytes at the most.
+pub fn receive_at_most(fd: &impl AsRawFd, into: &mut Vec<u8>, most: usize) -> Result<usize> {
+    into.reserve(most);
+    // SAFETY: the spare capacity is at least `most` bytes long.
+    let got = check_size("recv", unsafe {
+        libc::recv(fd.as_raw_fd(), into.spare_capacity_mut().as_mut_ptr().cast(), most, libc::MSG_DONTWAIT)
+    })?;
+    // SAFETY: the kernel filled `got` bytes behind the old length, within the capacity.
+    unsafe { into.set_len(into.len() + got) };
+    Ok(got)
+}
+
 /// Sends what fits; never waits, never signals.
 pub fn send(fd: &impl AsRawFd, bytes: &[u8]) -> Result<usize> {
     // SAFETY: pointer and length are those of one slice.
@@ -169,6 +181,93 @@ pub fn accept(listener: &impl AsRawFd) -> Result<OwnedFd> {
             libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
         ))
     })
+}
+
+/// Bytes that the kernel may hold in each direction of a connection to a port; left alone it goes up to megabytes.
+const SOCKET_BUFFER: libc::c_int = 256 << 10;
+
+/// A TCP socket on its way to a port of the loopback interface; true when it is connected already.
+///
+/// When it is not, room to write tells that it is, or [`socket_error`] why not.
+pub fn connect_loopback(family: libc::c_int, port: u16) -> Result<(OwnedFd, bool)> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: no pointer.
+    let socket = owned("socket", unsafe { libc::c_long::from(libc::socket(family, kind, 0)) })?;
+    set_int(&socket, libc::SOL_SOCKET, libc::SO_SNDBUF, SOCKET_BUFFER);
+    set_int(&socket, libc::SOL_SOCKET, libc::SO_RCVBUF, SOCKET_BUFFER);
+    let done = if family == libc::AF_INET6 {
+        // SAFETY: a zeroed sockaddr_in6 is a valid value of this plain struct.
+        let mut address: libc::sockaddr_in6 = unsafe { mem::zeroed() };
+        address.sin6_family = family as libc::sa_family_t;
+        address.sin6_port = port.to_be();
+        address.sin6_addr.s6_addr[15] = 1;
+        let length = mem::size_of_val(&address) as libc::socklen_t;
+        // SAFETY: pointer and length are those of `address`, which outlives the call.
+        check("connect", unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) })
+    } else {
+        // SAFETY: a zeroed sockaddr_in is a valid value of this plain struct.
+        let mut address: libc::sockaddr_in = unsafe { mem::zeroed() };
+        address.sin_family = family as libc::sa_family_t;
+        address.sin_port = port.to_be();
+        address.sin_addr.s_addr = libc::INADDR_LOOPBACK.to_be();
+        let length = mem::size_of_val(&address) as libc::socklen_t;
+        // SAFETY: pointer and length are those of `address`, which outlives the call.
+        check("connect", unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) })
+    };
+    match done {
+        Ok(_) => Ok((socket, true)),
+        Err(Error { errno: libc::EINPROGRESS, .. }) => Ok((socket, false)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Takes the error that a socket met by itself, if there is one.
+pub fn socket_error(socket: &impl AsRawFd, call: &'static str) -> Result<()> {
+    let mut errno: libc::c_int = 0;
+    let mut length = mem::size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: `errno` is an int, `length` says so, both outlive the call.
+    check("getsockopt", unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ERROR, (&raw mut errno).cast(), &raw mut length)
+    })?;
+    if errno == 0 { Ok(()) } else { Err(Error::new(call, errno)) }
+}
+
+/// The port that a socket of the loopback interface has on this side.
+pub fn local_port(socket: &impl AsRawFd) -> Result<u16> {
+    // SAFETY: a zeroed sockaddr_in6 is a valid value of this plain struct.
+    let mut address: libc::sockaddr_in6 = unsafe { mem::zeroed() };
+    let mut length = mem::size_of_val(&address) as libc::socklen_t;
+    // SAFETY: `length` is that of `address`, and both outlive the call. The port of IPv4 lies in the same place.
+    check("getsockname", unsafe { libc::getsockname(socket.as_raw_fd(), (&raw mut address).cast(), &raw mut length) })?;
+    Ok(u16::from_be(address.sin6_port))
+}
+
+/// Sends small pieces at once; that it is refused costs only time.
+pub fn send_at_once(socket: &impl AsRawFd) {
+    set_int(socket, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1);
+}
+
+/// Sets an option of a socket that only makes things better.
+fn set_int(socket: &impl AsRawFd, level: libc::c_int, option: libc::c_int, value: libc::c_int) {
+    let length = mem::size_of_val(&value) as libc::socklen_t;
+    // SAFETY: `value` is an int, `length` says so, and it outlives the call.
+    unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), length) };
+}
+
+/// Makes closing a socket a reset: the other end sees that something broke, and no port stays taken.
+pub fn reset_on_close(socket: &impl AsRawFd) {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    let length = mem::size_of_val(&linger) as libc::socklen_t;
+    // SAFETY: `length` is that of `linger`, which outlives the call. A refusal leaves an ordinary close.
+    unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), length)
+    };
+}
+
+/// Closes the half of a connection that sends.
+pub fn shut_down_sending(socket: &impl AsRawFd) {
+    // SAFETY: no pointer. A refusal means that the other end is gone, and reading tells that.
+    unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_WR) };
 }
 
 /// Bytes that wait in a pipe or terminal.
@@ -405,6 +504,44 @@ pub fn fchownat(dir: &impl AsRawFd, name: &CStr, uid: u32, gid: u32) -> Result<(
 pub fn fchmod(fd: &impl AsRawFd, mode: u32) -> Result<()> {
     // SAFETY: no pointer.
     check("fchmod", unsafe { libc::fchmod(fd.as_raw_fd(), mode) }).map(drop)
+}
+
+/// Sets the owner of what a descriptor leads to, also one that is only a path.
+pub fn chown_path(fd: &impl AsRawFd, uid: u32, gid: u32) -> Result<()> {
+    // SAFETY: the empty name ends in NUL.
+    check("fchownat", unsafe { libc::fchownat(fd.as_raw_fd(), c"".as_ptr(), uid, gid, libc::AT_EMPTY_PATH) }).map(drop)
+}
+
+/// The name of a descriptor of ours, for calls that take no descriptor.
+fn proc_name(fd: &impl AsRawFd) -> Result<CString> {
+    let number = fd.as_raw_fd();
+    CString::new(format!("/proc/self/fd/{number}")).map_err(|_| Error::new("path", libc::EINVAL))
+}
+
+/// Sets the permission bits of what a descriptor leads to, also one that is only a path, which fchmod(2) refuses.
+pub fn chmod_path(fd: &impl AsRawFd, mode: u32) -> Result<()> {
+    let name = proc_name(fd)?;
+    // SAFETY: the name ends in NUL and outlives the call.
+    check("chmod", unsafe { libc::chmod(name.as_ptr(), mode) }).map(drop)
+}
+
+/// A queue of changes in directories.
+pub fn inotify() -> Result<OwnedFd> {
+    // SAFETY: no pointer.
+    owned("inotify_init1", unsafe { libc::c_long::from(libc::inotify_init1(libc::IN_CLOEXEC | libc::IN_NONBLOCK)) })
+}
+
+/// Watches the directory behind a descriptor; the number is the same as before when it is watched already.
+pub fn inotify_add(inotify: &impl AsRawFd, dir: &impl AsRawFd, events: u32) -> Result<i32> {
+    let name = proc_name(dir)?;
+    // SAFETY: the name ends in NUL and outlives the call.
+    check("inotify_add_watch", unsafe { libc::inotify_add_watch(inotify.as_raw_fd(), name.as_ptr(), events) })
+}
+
+/// Watches a directory no longer; it may be gone already.
+pub fn inotify_remove(inotify: &impl AsRawFd, watch: i32) {
+    // SAFETY: no pointer.
+    unsafe { libc::inotify_rm_watch(inotify.as_raw_fd(), watch) };
 }
 
 /// Moves the position of a directory back to its start.

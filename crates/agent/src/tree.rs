@@ -23,6 +23,7 @@ struct Entry {
     session: i32,
     started: u64,
     dead: bool,
+    mark: Option<u64>,
 }
 
 /// What a tree is known by.
@@ -46,68 +47,71 @@ pub fn first_mark() -> Option<u64> {
     if done == 0 { limit.rlim_max.checked_sub(below).filter(|mark| *mark > 1 << 48) } else { None }
 }
 
-/// Sends a signal to every live process of the tree; returns how many got it.
-///
-/// Each is signalled through a pidfd after a second look, so that a number used again in between hits nobody.
-pub fn signal(root: Root, signal: i32) -> usize {
-    let own = std::process::id() as i32;
-    let mut sent = 0;
-    for member in members(root) {
-        if member.pid == own || member.dead {
-            continue;
-        }
-        let Ok(pidfd) = sys::pidfd_open(member.pid) else { continue };
-        let same = stat_of(member.pid).is_some_and(|now| now.started == member.started);
-        if same && sys::pidfd_signal(&pidfd, signal).is_ok() {
-            sent += 1;
-        }
-    }
-    sent
-}
+/// Every process that /proc shows. Where thousands run the look takes long, so trees that are looked for at the same
+/// time share one.
+#[derive(Debug)]
+pub struct Processes(Vec<Entry>);
 
-/// All processes of the tree.
-fn members(root: Root) -> Vec<Entry> {
-    let mut inside = Vec::new();
-    let mut outside = Vec::new();
-    for entry in processes() {
-        let by_leader = root.leader.is_some_and(|pid| entry.pid == pid || entry.session == pid || entry.group == pid);
-        if by_leader || (!entry.dead && root.mark.is_some() && mark_of(entry.pid) == root.mark) {
-            inside.push(entry);
-        } else {
-            outside.push(entry);
+impl Processes {
+    /// Looks.
+    pub fn now() -> Self {
+        let mut found = Vec::new();
+        let Ok(proc) = sys::openat2(None, c"/proc", libc::O_RDONLY | libc::O_DIRECTORY, 0, 0) else {
+            return Self(found);
+        };
+        let mut buffer = vec![0; 16 << 10];
+        while let Ok(count) = sys::getdents(&proc, &mut buffer)
+            && count > 0
+        {
+            let entries = crate::files::Dirents::new(buffer.get(..count).unwrap_or(&[]));
+            let pids = entries.filter_map(|entry| std::str::from_utf8(entry.name.to_bytes()).ok()?.parse::<i32>().ok());
+            found.extend(pids.filter_map(|pid| Some(Entry { mark: mark_of(pid), ..stat_of(pid)? })));
         }
+        Self(found)
     }
-    // Children of members are members, until a pass finds no more.
-    let mut pids: BTreeSet<i32> = inside.iter().map(|member| member.pid).collect();
-    loop {
-        let before = inside.len();
-        outside.retain(|entry| {
-            let child = pids.contains(&entry.parent);
-            if child {
-                pids.insert(entry.pid);
-                inside.push(*entry);
+
+    /// Sends a signal to every live process of the tree; returns how many got it.
+    ///
+    /// Each is signalled through a pidfd after a second look, so that a number used again in between hits nobody.
+    pub fn signal(&self, root: Root, signal: i32) -> usize {
+        let own = std::process::id() as i32;
+        let mut sent = 0;
+        for member in self.members(root) {
+            if member.pid == own || member.dead {
+                continue;
             }
-            !child
+            let Ok(pidfd) = sys::pidfd_open(member.pid) else { continue };
+            let same = stat_of(member.pid).is_some_and(|now| now.started == member.started);
+            if same && sys::pidfd_signal(&pidfd, signal).is_ok() {
+                sent += 1;
+            }
+        }
+        sent
+    }
+
+    /// All processes of the tree.
+    fn members(&self, root: Root) -> Vec<Entry> {
+        let (mut inside, mut outside): (Vec<Entry>, Vec<Entry>) = self.0.iter().partition(|entry| {
+            root.leader.is_some_and(|pid| entry.pid == pid || entry.session == pid || entry.group == pid)
+                || (!entry.dead && root.mark.is_some() && entry.mark == root.mark)
         });
-        if inside.len() == before {
-            return inside;
+        // Children of members are members, until a pass finds no more.
+        let mut pids: BTreeSet<i32> = inside.iter().map(|member| member.pid).collect();
+        loop {
+            let before = inside.len();
+            outside.retain(|entry| {
+                let child = pids.contains(&entry.parent);
+                if child {
+                    pids.insert(entry.pid);
+                    inside.push(*entry);
+                }
+                !child
+            });
+            if inside.len() == before {
+                return inside;
+            }
         }
     }
-}
-
-/// Every process that /proc shows.
-fn processes() -> Vec<Entry> {
-    let mut found = Vec::new();
-    let Ok(proc) = sys::openat2(None, c"/proc", libc::O_RDONLY | libc::O_DIRECTORY, 0, 0) else { return found };
-    let mut buffer = vec![0; 16 << 10];
-    while let Ok(count) = sys::getdents(&proc, &mut buffer)
-        && count > 0
-    {
-        let entries = crate::files::Dirents::new(buffer.get(..count).unwrap_or(&[]));
-        let pids = entries.filter_map(|entry| std::str::from_utf8(entry.name.to_bytes()).ok()?.parse::<i32>().ok());
-        found.extend(pids.filter_map(stat_of));
-    }
-    found
 }
 
 /// Reads a small file of /proc/PID into the buffer.
@@ -133,7 +137,7 @@ fn parse_stat(pid: i32, stat: &[u8]) -> Option<Entry> {
     let group = fields.next()?.parse().ok()?;
     let session = fields.next()?.parse().ok()?;
     let started = fields.nth(15)?.parse().ok()?;
-    Some(Entry { pid, parent, group, session, started, dead: matches!(state, "Z" | "X") })
+    Some(Entry { pid, parent, group, session, started, dead: matches!(state, "Z" | "X"), mark: None })
 }
 
 fn mark_of(pid: i32) -> Option<u64> {
@@ -170,6 +174,6 @@ mod tests {
     #[test]
     fn this_process_is_among_all_processes() {
         let own = std::process::id() as i32;
-        assert!(processes().iter().any(|entry| entry.pid == own && !entry.dead));
+        assert!(Processes::now().0.iter().any(|entry| entry.pid == own && !entry.dead));
     }
 }

@@ -65,6 +65,7 @@ fn a_command_that_cannot_start_says_why_and_where() {
         (exec("3", &[&plain]), Stage::Exec, libc::EACCES),
         (exec("4", &[&text]), Stage::Exec, libc::ENOEXEC),
         (exec("5", &["/etc"]), Stage::Exec, libc::EACCES),
+        (exec("11", &[&format!("{plain}/below")]), Stage::Exec, libc::ENOTDIR),
         (ExecStart { cwd: b"/no/such/dir".to_vec(), ..exec("6", &["true"]) }, Stage::Cwd, libc::ENOENT),
         (ExecStart { cwd: b"relative".to_vec(), ..exec("7", &["true"]) }, Stage::Cwd, libc::EINVAL),
         (ExecStart { user: b"nobody-of-this-name".to_vec(), ..exec("8", &["true"]) }, Stage::User, libc::ENOENT),
@@ -83,6 +84,13 @@ fn a_command_that_cannot_start_says_why_and_where() {
     let mut start = exec("10", &["plain"]);
     start.env = vec![format!("PATH=/nowhere:{dir}").into_bytes()];
     assert_eq!(client.run(&start).exited().errno, libc::EACCES);
+    // What is wrong with PATH itself says nothing of a program that is nowhere, or behind it.
+    let mut start = exec("12", &["true"]);
+    start.env = vec![format!("PATH={plain}:/usr/bin:/bin").into_bytes()];
+    assert_eq!(client.run(&start).exited().code, 0);
+    let mut start = exec("13", &["no-such-command-anywhere"]);
+    start.env = vec![format!("PATH=/nowhere:{plain}").into_bytes()];
+    assert_eq!(client.run(&start).exited().errno, libc::ENOENT);
     let again = client.run(&exec("1", &["true"]));
     assert_eq!(again.exited().errno, libc::ENOENT, "the same id gives the same answer");
 }
@@ -144,7 +152,7 @@ fn a_process_that_closes_stdin_gives_epipe_and_lives_on() {
 }
 
 #[test]
-fn signals_reach_the_group_and_tell_who_sent_them() {
+fn signals_arrive_and_tell_who_sent_them() {
     let agent = Agent::start();
     let mut client = agent.connect();
     let killed = client.start(&exec("killed", &["sleep", "100"]));
@@ -166,6 +174,21 @@ fn signals_reach_the_group_and_tell_who_sent_them() {
     assert_eq!(client.signal(b"bad", 65, true).errno(), libc::EINVAL);
     client.signal(b"bad", libc::SIGKILL, true);
     client.until(id, Channel::ended);
+}
+
+#[test]
+fn a_signal_reaches_the_command_alone_with_a_terminal_too() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    for (name, pty) in [("pipes", false), ("terminal", true)] {
+        // The child is in the shell's process group; how it ends tells which signal came first.
+        let script = "sleep 1000 & trap 'kill $!; wait $!; echo child $?' USR1; echo on; wait";
+        let id = client.start(&ExecStart { pty, ..sh(name, script) });
+        client.until(id, |channel| channel.stdout().contains("on"));
+        assert!(client.signal(name.as_bytes(), libc::SIGUSR1, false).ok.is_some());
+        let channel = client.until(id, Channel::ended);
+        assert!(channel.stdout().contains("child 143"), "{name}: {}", channel.stdout());
+    }
 }
 
 /// A time to sleep for, by which a test knows its own processes.
@@ -386,6 +409,37 @@ fn a_finished_exec_keeps_its_output_until_it_is_forgotten() {
 }
 
 #[test]
+fn an_end_is_told_to_all_who_wait_and_takes_no_output_from_who_reads() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    let gate = Gate::new(&agent);
+    let id = |id: &[u8]| {
+        let mut writer = Writer::default();
+        writer.bytes(id);
+        writer.into_bytes()
+    };
+    let reader = client.start(&sh("a", &format!("echo one; {}; echo two; exit 3", gate.wait())));
+    let waits = [0; 3].map(|_| client.request(Kind::ExecWait, &id(b"a")));
+    let mut pid = 0;
+    for wait in waits {
+        pid = client.until(wait, |channel| channel.started.is_some()).started.as_ref().unwrap().pid;
+    }
+    client.send(Kind::Cancel, 0, waits[0], &[]);
+    gate.open();
+    for wait in &waits[1..] {
+        let exited = client.until(*wait, Channel::ended).exited();
+        assert_eq!((exited.outcome, exited.code, exited.pid), (Outcome::Exited, 3, pid));
+    }
+    assert_eq!(client.until(reader, Channel::ended).stdout(), "one\ntwo\n");
+    assert!(!client.channels[&waits[0]].ended(), "told to one who had left");
+    let late = client.call(Kind::ExecWait, &id(b"a"));
+    assert_eq!((late.exited().code, late.started.is_none(), late.stdout().as_str()), (3, true, ""));
+    assert_eq!(client.call(Kind::ExecWait, &id(b"b")).errno(), libc::ENOENT);
+    let failed = client.call(Kind::ExecStart, &exec("c", &["/nonexistent"]).encode()).exited().clone();
+    assert_eq!(client.call(Kind::ExecWait, &id(b"c")).exited(), &failed);
+}
+
+#[test]
 fn cancel_leaves_the_exec_running() {
     let agent = Agent::start();
     let mut client = agent.connect();
@@ -450,6 +504,22 @@ fn a_terminal_is_one_and_hangs_up() {
     assert_eq!(client.call(Kind::ExecResize, &resize.encode()).errno(), libc::ENOTTY);
     client.signal(b"plain", libc::SIGKILL, true);
     client.until(plain, Channel::ended);
+}
+
+#[test]
+fn a_terminal_has_a_type_unless_the_environment_names_one() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    let script = "printf '<%s>' \"${TERM-none}\"";
+    for (id, pty, env, term) in [
+        ("none", false, None, "<none>"),
+        ("given", true, Some(b"TERM=vt52"), "<vt52>"),
+        ("default", true, None, "<xterm-256color>"),
+    ] {
+        let mut start = ExecStart { pty, ..sh(id, script) };
+        start.env.extend(env.map(|variable| variable.to_vec()));
+        assert_eq!(client.run(&start).stdout(), term, "{id}");
+    }
 }
 
 #[test]
@@ -710,4 +780,54 @@ fn a_client_that_asks_and_never_reads_is_not_heard_for_long() {
     }
     assert!(agent.private_kib() < 6 << 10, "{} KiB", agent.private_kib());
     assert_eq!(agent.connect().run(&exec("other", &["echo", "hi"])).stdout(), "hi\n");
+}
+
+#[test]
+fn a_detached_command_never_waits_while_nobody_reads() {
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    let gate = Gate::new(&agent);
+    let script = format!("seq 1 400000; touch {0}/done; {1}; echo last", agent.scratch.0.display(), gate.wait());
+    let id = client.start(&ExecStart { detached: true, ..sh("a", &script) });
+    client.until(id, |channel| channel.started.is_some());
+    client.send(Kind::Cancel, 0, id, &[]);
+    // More than pipe and ring hold.
+    eventually("the command has written it all", || agent.scratch.0.join("done").exists());
+    let id = client.attach("a", 0, 0);
+    let from = client.until(id, |channel| channel.started.is_some()).base[0];
+    assert!(from > WINDOW, "{from}");
+    gate.open();
+    let mut all: Vec<String> = (1..=400_000).map(|number| number.to_string()).collect();
+    all.push("last\n".to_owned());
+    let all = all.join("\n");
+    let channel = client.until(id, Channel::ended);
+    // What is there is the latest, without a gap.
+    assert!(channel.data[0].len() > 64 << 10, "{}", channel.data[0].len());
+    assert_eq!(channel.stdout(), all[from as usize..]);
+}
+
+#[test]
+fn a_detached_command_waits_for_its_reader_until_the_reader_leaves() {
+    let agent = Agent::start();
+    let mut reader = agent.connect();
+    reader.acknowledge = false;
+    let id = reader.start(&ExecStart { detached: true, ..sh("a", "yes | head -c 8000000; echo end") });
+    reader.until(id, |channel| channel.data[0].len() as u64 == WINDOW);
+    let mut other = agent.connect();
+    // The same start once more, as after a broken connection: it takes the output away from nobody.
+    let again = other.start(&ExecStart { detached: true, ..sh("a", "echo again") });
+    assert!(other.until(again, |channel| channel.started.is_some() || channel.ended()).started.is_some());
+    let running = |client: &mut common::Client| {
+        let list = client.call(Kind::ExecList, &[]).ok.clone().unwrap();
+        ExecList::decode(&list).unwrap().execs[0].outcome == Outcome::Running
+    };
+    agent.rests(Duration::from_millis(200));
+    assert!(running(&mut other), "it did not wait");
+    assert!(!reader.channels[&id].ended());
+    drop(reader);
+    eventually("the command goes on", || !running(&mut other));
+    let id = other.attach("a", 0, 0);
+    let channel = other.until(id, Channel::ended);
+    assert!(channel.base[0] > WINDOW && channel.stdout().ends_with("end\n"));
+    assert_eq!(channel.base[0] + channel.data[0].len() as u64, 8_000_004);
 }

@@ -4,9 +4,10 @@
 
 mod common;
 
-use common::{Agent, Channel, Client, Mode, exec, is_root, noise};
+use common::{Agent, Channel, Client, End, Mode, exec, is_root, noise};
 use shoal_wire::{
-    EOF, FileInfo, FileKind, FileList, FileListing, FileRead, FileRename, FileUnpack, FileWrite, Kind, PathRequest,
+    EOF, Failure, FileChange, FileInfo, FileKind, FileList, FileListing, FileRead, FileRename, FileUnpack, FileWrite,
+    Kind, PathRequest,
 };
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
@@ -383,6 +384,29 @@ fn what_is_made_belongs_to_whom_it_should() {
     let request = PathRequest { path: agent.scratch.path("c/d"), user: b"12:34".to_vec(), bits: 1 };
     assert_eq!(info(client.call(Kind::FileMakeDir, &request.encode())).uid, 12);
     assert_eq!(owner(&agent.scratch.0.join("c")), (12, 34));
-    let bad = PathRequest { path: agent.scratch.path("e"), user: b"65536".to_vec(), bits: 1 };
-    assert_eq!(client.call(Kind::FileMakeDir, &bad.encode()).errno(), libc::EINVAL);
+}
+
+#[test]
+fn a_user_that_the_image_does_not_know_is_named_and_nothing_is_made() {
+    let agent = Agent::start_as(if is_root() { Mode::Guest } else { Mode::Plain }, &[]);
+    let mut client = agent.connect();
+    let path = agent.scratch.path("new/file");
+    for user in ["no-such-user", "0:no-such-group", "65536", ":"] {
+        let (path, user) = (path.clone(), user.as_bytes().to_vec());
+        let write = FileWrite { path: path.clone(), user: user.clone(), parents: true, mode: u32::MAX };
+        let make = PathRequest { path: path.clone(), user: user.clone(), bits: 1 };
+        let unpack = FileUnpack { path: path.clone(), user: user.clone() };
+        let change = FileChange { path: agent.scratch.path(""), user: user.clone(), mode: u32::MAX };
+        for (kind, payload) in [
+            (Kind::FileWrite, write.encode()),
+            (Kind::FileMakeDir, make.encode()),
+            (Kind::FileUnpack, unpack.encode()),
+            (Kind::FileChange, change.encode()),
+        ] {
+            let channel = client.call(kind, &payload);
+            let Some(End::Error(Failure { errno: 0, what })) = &channel.end else { panic!("{kind:?}: {channel:?}") };
+            assert!(what.windows(user.len()).any(|part| part == user), "{}", String::from_utf8_lossy(what));
+        }
+    }
+    assert!(!agent.scratch.0.join("new").exists());
 }

@@ -75,6 +75,21 @@ pub fn encode(entry: &Entry) -> Result<Encoded, Error> {
     Ok(Encoded { header, padding })
 }
 
+/// A comment that stands in the place of a member: `left out, WHY: PATH`.
+///
+/// Source: pax interchange format, global extended header; readers pass over comments.
+pub(crate) fn left_out(path: &[u8], why: &str) -> Vec<u8> {
+    let mut records = Vec::new();
+    record(&mut records, b"comment", &[b"left out, ", why.as_bytes(), b": ", path].concat());
+    let mut global = Entry::new(b"./GlobalHead/x", Kind::File);
+    global.mode = 0o644;
+    global.size = records.len() as u64;
+    let mut header = block(&global, b'g', &global.path, b"", 0).to_vec();
+    header.extend_from_slice(&records);
+    header.resize(header.len().next_multiple_of(BLOCK), 0);
+    header
+}
+
 /// The two zero blocks that end an archive.
 pub fn trailer() -> [u8; 2 * BLOCK] {
     [0; 2 * BLOCK]

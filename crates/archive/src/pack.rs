@@ -5,6 +5,7 @@ use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 
 use crate::beneath::{self, c_string, file_type};
+use crate::encode::left_out;
 use crate::error::last_errno;
 use crate::{Entry, Error, Kind, Time, encode, trailer};
 
@@ -49,10 +50,13 @@ struct Content {
 /// Packs what lies under a name, piece by piece.
 ///
 /// Links are packed as links and never followed; a hard link is packed as a copy. Entries of a
-/// directory come sorted by name.
+/// directory come sorted by name. A directory where another file system is mounted comes empty. In the place of
+/// what is in it, and of a device, pipe or socket, stands a comment: `left out, a FIFO: PATH`.
 pub struct Pack {
     levels: Vec<Level>,
     names: usize,
+    /// The file system that the top lies in.
+    device: Option<libc::dev_t>,
     content: Option<Content>,
     ready: Vec<u8>,
     done: bool,
@@ -72,6 +76,7 @@ impl Pack {
         let mut pack = Self {
             levels: Vec::new(),
             names: 0,
+            device: None,
             content: None,
             ready: Vec::new(),
             done: false,
@@ -124,11 +129,12 @@ impl Pack {
         let Some(level) = self.levels.pop() else { return Ok(()) };
         // The level goes back under what `add` may have put on the stack.
         let at = self.levels.len();
-        let added = self.add(level.fd.as_fd(), &name, member);
+        let added = self.add(level.fd.as_fd(), &name, member.clone());
         self.levels.insert(at, level);
         match added {
             // It was removed after its directory was listed.
             Err(error) if error.errno() == Some(libc::ENOENT) => Ok(()),
+            Err(Error::Os { call, errno, .. }) => Err(Error::Os { call, path: member, errno }),
             added => added,
         }
     }
@@ -174,7 +180,7 @@ impl Pack {
                 let fd = beneath::open_at(parent, name, libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY, 0)?;
                 let stat = beneath::stat(fd.as_fd(), name)?;
                 if file_type(&stat) != libc::S_IFREG {
-                    self.packed.special_skipped += 1;
+                    self.leave_out(&stat, &member);
                     return Ok(());
                 }
                 let size = u64::try_from(stat.st_size).unwrap_or(0);
@@ -194,6 +200,10 @@ impl Pack {
                     prefix.push(b'/');
                     self.header(&stat, Kind::Directory, &prefix, 0, Vec::new())?;
                 }
+                if *self.device.get_or_insert(stat.st_dev) != stat.st_dev {
+                    self.ready.extend_from_slice(&left_out(&prefix, "another file system"));
+                    return Ok(());
+                }
                 self.descend(fd, prefix)
             }
             libc::S_IFLNK => {
@@ -202,10 +212,20 @@ impl Pack {
                 Ok(())
             }
             _ => {
-                self.packed.special_skipped += 1;
+                self.leave_out(&stat, &member);
                 Ok(())
             }
         }
+    }
+
+    fn leave_out(&mut self, stat: &libc::stat, member: &[u8]) {
+        let why = match file_type(stat) {
+            libc::S_IFIFO => "a FIFO",
+            libc::S_IFSOCK => "a socket",
+            _ => "a device",
+        };
+        self.packed.special_skipped += 1;
+        self.ready.extend_from_slice(&left_out(member, why));
     }
 
     fn header(

@@ -86,15 +86,19 @@ fn a_file_and_a_link_are_packed_by_themselves() {
 }
 
 #[test]
-fn pipes_and_sockets_are_left_out() {
+fn pipes_and_sockets_are_left_out_and_named_in_a_comment() {
     let scratch = Scratch::new();
     let tree = tree(&scratch);
     let pipe = std::ffi::CString::new(tree.join("pipe").to_str().unwrap()).unwrap();
     // SAFETY: the path ends in NUL.
     assert_eq!(unsafe { libc::mkfifo(pipe.as_ptr(), 0o600) }, 0);
     let _socket = std::os::unix::net::UnixListener::bind(tree.join("socket")).unwrap();
-    let all = members(&pack(&scratch.0, "tree", "t", 4096).unwrap()).unwrap();
+    let bytes = pack(&scratch.0, "tree", "t", 4096).unwrap();
+    let all = members(&bytes).unwrap();
     assert!(!all.iter().any(|(entry, _)| entry.path.ends_with(b"pipe") || entry.path.ends_with(b"socket")));
+    for comment in [&b"comment=left out, a FIFO: t/pipe\n"[..], b"comment=left out, a socket: t/socket\n"] {
+        assert!(bytes.windows(comment.len()).any(|part| part == comment));
+    }
     assert!(matches!(pack(&tree, "pipe", "x", 512), Err(Error::Refused { .. })));
 }
 

@@ -37,6 +37,9 @@ pub const DATA_CHUNK: usize = 128 << 10;
 /// Bytes a sender may be ahead of what its receiver has consumed, per stream.
 pub const WINDOW: u64 = 1 << 20;
 
+/// As [`WINDOW`], for the agent on a connection to a port: strangers may open many of them, and read none.
+pub const PORT_WINDOW: u64 = WINDOW / 4;
+
 /// What a frame means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -68,6 +71,9 @@ pub enum Kind {
     ExecList = 0x17,
     /// Forgets a finished exec: a string, the exec id. Answered by Ok or Error (`EBUSY` while it runs).
     ExecForget = 0x18,
+    /// Waits for an exec's end and leaves its output to who reads it: a string, the exec id. Answered by
+    /// [`Kind::Started`] if it runs, and by [`Kind::Exited`] as soon as it has ended, or Error.
+    ExecWait = 0x19,
     /// Reads a file: [`FileRead`]. Answered by Ok with [`FileInfo`], then Data up to [`EOF`], or Error.
     FileRead = 0x20,
     /// Writes a file: [`FileWrite`], then Data up to [`EOF`]. Answered by Ok with [`FileInfo`] once it
@@ -91,6 +97,15 @@ pub enum Kind {
     /// Unpacks a tar stream under a directory: [`FileUnpack`], then Data up to [`EOF`]. Answered by Ok or Error;
     /// what was unpacked before a fault stays.
     FileUnpack = 0x28,
+    /// Tells of changes: [`FileWatch`]. Answered by Ok (empty) once every change from then on will be seen, then Data
+    /// without end, one JSON document a line; or Error (`ENOSPC`: the kernel's or our limit on watched directories,
+    /// `EMFILE`: on watchers), at the start or on the way.
+    ///
+    /// The first line is `{"type":"ready"}`. A directory that appears below a recursive watch is watched, and what is
+    /// in it already is told as created. `overflow`: changes were lost, and from here on none is.
+    FileWatch = 0x29,
+    /// Changes permission bits and owner, links followed: [`FileChange`]. Answered by Ok with [`FileInfo`], or Error.
+    FileChange = 0x2a,
     /// Bytes of a stream; see [`EOF`], [`STDERR`], [`DETACH`].
     Data = 0x30,
     /// Offset consumed so far: [`Window`].
@@ -102,6 +117,13 @@ pub enum Kind {
     Ok = 0x40,
     /// Agent: the request failed: [`Failure`].
     Error = 0x41,
+    /// Connects to a TCP port of the sandbox: [`PortConnect`]. Answered by Ok (empty), or Error (`ECONNREFUSED`: nobody
+    /// listens).
+    ///
+    /// After Ok, Data goes both ways, each way with its own windows and its own [`EOF`], which closes that half. The
+    /// channel ends when both halves are closed, or by Error (`ECONNRESET`) or Cancel; Cancel resets the connection
+    /// unless everything up to the front door's [`EOF`] was consumed before.
+    PortConnect = 0x50,
 }
 
 impl Kind {
@@ -109,10 +131,10 @@ impl Kind {
     pub fn from_byte(byte: u8) -> Option<Self> {
         use Kind::{
             Cancel, Data, Error, ExecAttach, ExecForget, ExecInput, ExecList, ExecResize, ExecSignal, ExecStart,
-            Exited, FileList, FileMakeDir, FilePack, FileRead, FileRemove, FileRename, FileStat, FileUnpack, FileWrite,
-            Ok, Ready, Started, Window,
+            ExecWait, Exited, FileChange, FileList, FileMakeDir, FilePack, FileRead, FileRemove, FileRename, FileStat,
+            FileUnpack, FileWatch, FileWrite, Ok, PortConnect, Ready, Started, Window,
         };
-        const ALL: [Kind; 24] = [
+        const ALL: [Kind; 28] = [
             Ready,
             ExecStart,
             ExecAttach,
@@ -123,6 +145,7 @@ impl Kind {
             ExecResize,
             ExecList,
             ExecForget,
+            ExecWait,
             FileRead,
             FileWrite,
             FileStat,
@@ -132,11 +155,14 @@ impl Kind {
             FileRename,
             FilePack,
             FileUnpack,
+            FileWatch,
+            FileChange,
             Data,
             Window,
             Cancel,
             Ok,
             Error,
+            PortConnect,
         ];
         ALL.into_iter().find(|kind| *kind as u8 == byte)
     }

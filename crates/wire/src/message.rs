@@ -165,7 +165,8 @@ payload! {
         exec_id: bytes,
         /// Program and arguments; the program is searched in the PATH of `env`.
         argv: list,
-        /// The whole environment, `NAME=value` each.
+        /// The environment, `NAME=value` each. PATH, HOME, USER, LOGNAME and SHELL, and TERM with a terminal, are added
+        /// where they are missing.
         env: list,
         /// Absolute working directory; empty: the user's home.
         cwd: bytes,
@@ -183,6 +184,8 @@ payload! {
         cols: u16,
         /// Milliseconds until it is killed; 0: never.
         timeout_ms: u64,
+        /// While nobody reads its output the oldest of it is dropped, and it never waits.
+        detached: bool,
     }
 }
 
@@ -209,6 +212,8 @@ payload! {
         stdout_offset: u64,
         /// Offset of the first byte of stderr that will come.
         stderr_offset: u64,
+        /// As in [`ExecStart`].
+        detached: bool,
     }
 }
 
@@ -239,6 +244,8 @@ payload! {
         written_bytes: u64,
         /// OOM kills in the sandbox while it ran.
         oom_kills: u64,
+        /// Its pid as the sandbox saw it; 0 if it never ran.
+        pid: u32,
     }
 }
 
@@ -260,7 +267,8 @@ payload! {
         exec_id: bytes,
         /// Number of the signal.
         signal: u8,
-        /// Also every process that descends from it; else its process group alone.
+        /// Also to every process that descends from it; else to its own process alone, whatever its group. (^C is no
+        /// such signal but a byte of stdin, of which the terminal makes one to its foreground group.)
         tree: bool,
     }
 }
@@ -372,6 +380,28 @@ payload! {
 }
 
 payload! {
+    /// A path to watch.
+    FileWatch {
+        /// Absolute path of a directory, or of a file, which may be replaced meanwhile.
+        path: bytes,
+        /// Also all that lies below.
+        recursive: bool,
+    }
+}
+
+payload! {
+    /// New attributes of a path.
+    FileChange {
+        /// Absolute path.
+        path: bytes,
+        /// Permission bits; `u32::MAX`: as they are.
+        mode: u32,
+        /// Owner as in [`ExecStart::user`]; empty: as it is.
+        user: bytes,
+    }
+}
+
+payload! {
     /// What a path is.
     FileInfo {
         /// The path as asked for; in a listing absolute, below the directory asked for.
@@ -402,6 +432,14 @@ payload! {
 }
 
 payload! {
+    /// A TCP port of the sandbox.
+    PortConnect {
+        /// Its number; 127.0.0.1 is tried first, then `::1`.
+        port: u16,
+    }
+}
+
+payload! {
     /// A stream's progress; [`crate::STDERR`] in the frame's flags tells which.
     Window {
         /// Bytes of the stream consumed since its start.
@@ -412,7 +450,7 @@ payload! {
 payload! {
     /// Why a request failed.
     Failure {
-        /// Errno, or 0 when no system call failed.
+        /// Errno, or 0 when no system call failed, as for an owner that the image does not know.
         errno: i32,
         /// The call or check that failed, for a person.
         what: bytes,
