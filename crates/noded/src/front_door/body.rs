@@ -2,6 +2,7 @@
 
 use super::link::{Channel, End};
 use super::outlet::Outlet;
+use super::problem::Problem;
 use super::stream;
 use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
@@ -9,6 +10,7 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use tokio::sync::oneshot;
 
 /// Why a body broke off; the client sees its connection end without a proper last chunk.
 #[derive(Debug)]
@@ -32,6 +34,8 @@ pub enum Body {
     Download(DownloadBody),
     /// What the Python server sends.
     Proxied(Incoming),
+    /// What a server in a sandbox sends; its connection ends soon after the rest of this is dropped.
+    Port(Incoming, #[expect(dead_code, reason = "what counts is that it is dropped")] oneshot::Sender<()>),
 }
 
 impl Body {
@@ -56,7 +60,9 @@ impl HttpBody for Body {
             Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Exec(body) => body.poll(cx),
             Self::Download(body) => body.poll(cx),
-            Self::Proxied(body) => Pin::new(body).poll_frame(cx).map_err(|error| Broken(error.to_string())),
+            Self::Proxied(body) | Self::Port(body, _) => {
+                Pin::new(body).poll_frame(cx).map_err(|error| Broken(error.to_string()))
+            }
         }
     }
 
@@ -64,8 +70,8 @@ impl HttpBody for Body {
         match self {
             Self::Full(bytes) => bytes.is_none(),
             Self::Exec(body) => body.channel.is_none(),
-            Self::Download(body) => body.finished,
-            Self::Proxied(body) => body.is_end_stream(),
+            Self::Download(body) => body.finished && body.payload.is_none(),
+            Self::Proxied(body) | Self::Port(body, _) => body.is_end_stream(),
         }
     }
 
@@ -73,8 +79,9 @@ impl HttpBody for Body {
         match self {
             Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
             Self::Exec(_) => SizeHint::default(),
+            Self::Download(body) if body.framed => SizeHint::default(),
             Self::Download(body) => body.left.map_or_else(SizeHint::default, SizeHint::with_exact),
-            Self::Proxied(body) => body.size_hint(),
+            Self::Proxied(body) | Self::Port(body, _) => body.size_hint(),
         }
     }
 }
@@ -84,32 +91,41 @@ pub struct ExecBody {
     first: Option<Bytes>,
     /// `None` when all of it is handed over.
     channel: Option<Channel>,
-    outlet: Arc<Outlet>,
+    outlet: Option<Arc<Outlet>>,
 }
 
 impl ExecBody {
     /// Streams what comes on `channel`, behind the frame `first`; the agent is told of progress as the client's
-    /// socket `outlet` takes it.
-    pub fn new(first: Bytes, channel: Channel, outlet: Arc<Outlet>) -> Self {
-        outlet.begin(channel.acknowledger());
+    /// socket `outlet` takes it, or by the client itself.
+    pub fn new(first: Bytes, mut channel: Channel, outlet: Option<Arc<Outlet>>) -> Self {
+        match &outlet {
+            Some(outlet) => outlet.begin(channel.acknowledger()),
+            None => channel.leave_to_client(),
+        }
         Self { first: Some(first), channel: Some(channel), outlet }
+    }
+
+    fn hand_over(&self, length: usize, offsets: Option<[u64; 2]>) {
+        if let Some(outlet) = &self.outlet {
+            outlet.piece(length, offsets);
+        }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Polled {
         if let Some(first) = self.first.take() {
-            self.outlet.piece(first.len(), None);
+            self.hand_over(first.len(), None);
             return Poll::Ready(Some(Ok(Frame::data(first))));
         }
         let Some(channel) = &mut self.channel else { return Poll::Ready(None) };
         let piece = match channel.poll_piece(cx) {
             Poll::Pending => return Poll::Pending,
             Poll::Ready(Ok((piece, offsets))) => {
-                self.outlet.piece(piece.len(), Some(offsets));
+                self.hand_over(piece.len(), Some(offsets));
                 piece
             }
             Poll::Ready(Err(end)) => {
-                if let Some(channel) = self.channel.take() {
-                    self.outlet.finish(channel);
+                if let (Some(channel), Some(outlet)) = (self.channel.take(), &self.outlet) {
+                    outlet.finish(channel);
                 }
                 stream::last(end)
             }
@@ -120,8 +136,8 @@ impl ExecBody {
 
 impl Drop for ExecBody {
     fn drop(&mut self) {
-        if self.channel.is_some() {
-            self.outlet.abandon();
+        if let (Some(_), Some(outlet)) = (&self.channel, &self.outlet) {
+            outlet.abandon();
         }
     }
 }
@@ -130,17 +146,25 @@ impl Drop for ExecBody {
 pub struct DownloadBody {
     channel: Channel,
     left: Option<u64>,
+    /// In frames, of which the last one says what went wrong, if anything did.
+    framed: bool,
+    /// What follows a frame's header.
+    payload: Option<Bytes>,
     broken: bool,
     finished: bool,
 }
 
 impl DownloadBody {
     /// Streams what comes on `channel`: `length` bytes, or up to its end.
-    pub fn new(channel: Channel, length: Option<u64>) -> Self {
-        Self { channel, left: length, broken: false, finished: length == Some(0) }
+    pub fn new(channel: Channel, length: Option<u64>, framed: bool) -> Self {
+        let finished = length == Some(0);
+        Self { channel, left: length, framed, payload: None, broken: false, finished }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Polled {
+        if let Some(payload) = self.payload.take() {
+            return Poll::Ready(Some(Ok(Frame::data(payload))));
+        }
         if self.finished {
             return Poll::Ready(None);
         }
@@ -154,14 +178,23 @@ impl DownloadBody {
                     *left -= piece.len() as u64;
                     self.finished = *left == 0;
                 }
+                if self.framed {
+                    let header = stream::header(stream::STDOUT, piece.len());
+                    self.payload = Some(piece);
+                    piece = Bytes::copy_from_slice(&header);
+                }
                 Poll::Ready(Some(Ok(Frame::data(piece))))
             }
             Poll::Ready(Err(end)) => {
+                if end == End::Done && self.left.is_none_or(|left| left == 0) {
+                    self.finished = true;
+                    return Poll::Ready(None);
+                }
+                if self.framed {
+                    self.finished = true;
+                    return Poll::Ready(Some(Ok(Frame::data(stream::failed(&why_incomplete(end))))));
+                }
                 let why = match end {
-                    End::Done if self.left.is_none_or(|left| left == 0) => {
-                        self.finished = true;
-                        return Poll::Ready(None);
-                    }
                     End::Done => "the file shrank while it was read".to_owned(),
                     End::Failed(failure) => String::from_utf8_lossy(&failure.what).into_owned(),
                     End::Exited(_) | End::Ended(_) => "the sandbox is gone".to_owned(),
@@ -177,5 +210,15 @@ impl DownloadBody {
                 Poll::Pending
             }
         }
+    }
+}
+
+/// The error behind a download that is not whole.
+fn why_incomplete(end: End) -> Problem {
+    match end {
+        End::Done => Problem::conflict("the file shrank while it was read"),
+        End::Failed(failure) => Problem::path(&failure),
+        End::Ended(ending) => ending.to_problem(),
+        End::Exited(_) => Problem::garbled(),
     }
 }

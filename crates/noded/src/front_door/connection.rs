@@ -23,7 +23,7 @@ const BREAKS_WINDOW: Duration = Duration::from_secs(10);
 
 /// Bytes read at a time while only small frames come; an idle connection holds no buffer at all.
 const SMALL_READ: usize = 4 << 10;
-const LARGE_READ: usize = 64 << 10;
+pub const LARGE_READ: usize = 64 << 10;
 
 /// Reads before others get their turn, however much an agent has to say.
 const READS_A_TURN: u32 = 8;

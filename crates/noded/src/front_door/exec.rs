@@ -3,7 +3,7 @@
 use super::body::{Body, ExecBody};
 use super::link::{End, Head, Role};
 use super::outlet::Outlet;
-use super::problem::Problem;
+use super::problem::{self, Problem};
 use super::registry::{Attached, ProcessDefaults};
 use super::request::{Query, check_exec_id, check_no_nul, check_path, json};
 use super::{stream, upload};
@@ -11,13 +11,20 @@ use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde::de::{Error as _, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use shoal_wire::{
-    DETACH, EOF, ExecAttach, ExecInput, ExecList, ExecResize, ExecSignal, ExecStart, Kind, Outcome, Writer,
+    DETACH, EOF, ExecAttach, ExecInput, ExecList, ExecResize, ExecSignal, ExecStart, Exited, Failure, Kind, Outcome,
+    Stage, Writer,
 };
 use std::collections::HashSet;
 use std::fmt;
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// Longest wait for an exec's end.
+const MAX_WAIT: Duration = Duration::from_mins(10);
 
 /// Names and values in the order in which they were given; a name that is given twice is an error.
 #[derive(Debug, Default)]
@@ -65,7 +72,7 @@ fn default_cols() -> u16 {
 }
 
 /// `types.ExecRequest`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ExecRequest {
     argv: Vec<String>,
@@ -78,6 +85,8 @@ struct ExecRequest {
     stdin: bool,
     pty: Option<PtySize>,
     timeout: Option<f64>,
+    #[serde(default)]
+    detached: bool,
 }
 
 impl ExecRequest {
@@ -126,6 +135,7 @@ impl ExecRequest {
             rows: size.0,
             cols: size.1,
             timeout_ms: self.timeout.map_or(Ok(0), timeout_ms)?,
+            detached: self.detached,
         })
     }
 }
@@ -178,18 +188,98 @@ fn random_id() -> std::io::Result<String> {
     Ok("ex-".chars().chain(characters.map(|byte| char::from(*byte))).collect())
 }
 
+/// A command that leaves everything but its words to the sandbox's defaults.
+pub fn start_with_defaults(
+    exec_id: Option<String>,
+    argv: Vec<String>,
+    defaults: &ProcessDefaults,
+) -> Result<ExecStart, Problem> {
+    ExecRequest { argv, exec_id, ..ExecRequest::default() }.into_start(defaults)
+}
+
+/// Why a command did not start.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct NotStarted {
+    errno: i32,
+    #[serde(serialize_with = "stage_word")]
+    stage: Stage,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form that serde calls")]
+fn stage_word<S: Serializer>(stage: &Stage, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(stage.word())
+}
+
+impl From<&Exited> for NotStarted {
+    fn from(exited: &Exited) -> Self {
+        Self { errno: exited.errno, stage: exited.stage }
+    }
+}
+
+impl NotStarted {
+    /// The same for a person; `name` is the command's.
+    pub fn describe(self, name: &str) -> String {
+        let why = problem::describe(&Failure { errno: self.errno, what: Vec::new() });
+        format!("{name} did not start: {why} (errno {}, stage {})", self.errno, self.stage.word())
+    }
+}
+
+/// Starts a command that goes on whether anybody reads its output or not; returns its pid, or why it did not start.
+/// One that runs under this id already is left as it is.
+pub async fn start_detached(
+    attached: &Attached,
+    exec_id: String,
+    argv: Vec<String>,
+) -> Result<Result<u32, NotStarted>, Problem> {
+    let mut start = start_with_defaults(Some(exec_id.clone()), argv, &attached.defaults)?;
+    start.detached = true;
+    let channel = attached.link.open(Role::Exec(exec_id), Kind::ExecStart, start.encode()).await?;
+    match channel.head().await {
+        Ok(Head::Started(started)) => Ok(Ok(started.pid)),
+        Err(End::Exited(exited)) => Ok(Err(NotStarted::from(&exited))),
+        Err(End::Failed(failure)) => Err(Problem::exec(&failure)),
+        Err(End::Ended(ending)) => Err(ending.to_problem()),
+        Ok(Head::Ok(_)) | Err(End::Done) => Err(Problem::garbled()),
+    }
+}
+
+/// Whose word it is that output was consumed.
+enum Reader {
+    /// It is when the client's socket has taken it.
+    Socket(Arc<Outlet>),
+    /// It is when the client says so, which loses nothing where a connection leads through buffers.
+    Client,
+    /// Nobody reads now.
+    Nobody,
+}
+
+impl Reader {
+    /// Takes the parameter `ack`.
+    fn parse(query: &mut Query, outlet: Arc<Outlet>) -> Result<Self, Problem> {
+        match query.bytes("ack").as_deref() {
+            None => Ok(Self::Socket(outlet)),
+            Some(b"client") => Ok(Self::Client),
+            Some(_) => Err(Problem::invalid("ack is neither left out nor client")),
+        }
+    }
+}
+
 /// `POST execs`.
 pub async fn start(
     attached: &Attached,
-    query: Query,
+    mut query: Query,
     body: &mut Incoming,
     outlet: Arc<Outlet>,
 ) -> Result<Response<Body>, Problem> {
+    let mut reader = Reader::parse(&mut query, outlet)?;
     query.finish()?;
     let request: ExecRequest = json(body).await?;
     let start = request.into_start(&attached.defaults)?;
+    if start.detached {
+        reader = Reader::Nobody;
+    }
     let exec_id = String::from_utf8_lossy(&start.exec_id).into_owned();
-    stream_of(attached, exec_id, Kind::ExecStart, start.encode(), outlet).await
+    stream_of(attached, exec_id, Kind::ExecStart, start.encode(), reader).await
 }
 
 /// `GET execs/{eid}/stream`.
@@ -204,8 +294,9 @@ pub async fn attach(
         stdout_offset: query.number("stdout_offset")?.unwrap_or(0),
         stderr_offset: query.number("stderr_offset")?.unwrap_or(0),
     };
+    let reader = Reader::parse(&mut query, outlet)?;
     query.finish()?;
-    stream_of(attached, exec_id.to_owned(), Kind::ExecAttach, request.encode(), outlet).await
+    stream_of(attached, exec_id.to_owned(), Kind::ExecAttach, request.encode(), reader).await
 }
 
 /// Answers with the stream of an exec once the agent says that it runs, or how it ended.
@@ -214,11 +305,22 @@ async fn stream_of(
     exec_id: String,
     kind: Kind,
     payload: Vec<u8>,
-    outlet: Arc<Outlet>,
+    reader: Reader,
 ) -> Result<Response<Body>, Problem> {
     let channel = attached.link.open(Role::Exec(exec_id.clone()), kind, payload).await?;
     let body = match channel.head().await {
-        Ok(Head::Started(started)) => Body::Exec(ExecBody::new(stream::started(&exec_id, &started), channel, outlet)),
+        Ok(Head::Started(started)) => {
+            let outlet = match reader {
+                Reader::Socket(outlet) => Some(outlet),
+                Reader::Client => None,
+                Reader::Nobody => {
+                    let mut response = json_response(&stream::ExecStarted::new(&exec_id, &started));
+                    *response.status_mut() = StatusCode::CREATED;
+                    return Ok(response);
+                }
+            };
+            Body::Exec(ExecBody::new(stream::started(&exec_id, &started), channel, outlet))
+        }
         Ok(Head::Ok(_)) | Err(End::Done) => return Err(Problem::garbled()),
         Err(End::Failed(failure)) => return Err(Problem::exec(&failure)),
         Err(End::Ended(ending)) => return Err(ending.to_problem()),
@@ -227,6 +329,36 @@ async fn stream_of(
     let mut response = Response::new(body);
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/vnd.shoal.stream"));
     Ok(response)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Consumed {
+    stdout: u64,
+    stderr: u64,
+}
+
+/// `POST execs/{eid}/consumed`.
+pub async fn consumed(
+    attached: &Attached,
+    exec_id: &str,
+    query: Query,
+    body: &mut Incoming,
+) -> Result<Response<Body>, Problem> {
+    query.finish()?;
+    let Consumed { stdout, stderr } = json(body).await?;
+    if attached.link.consumed(exec_id, [stdout, stderr]) {
+        return Ok(no_content());
+    }
+    // Nobody reads now. To attach there says the same; the channel is given up with the answer.
+    let request = ExecAttach { exec_id: exec_id.as_bytes().to_vec(), stdout_offset: stdout, stderr_offset: stderr };
+    let channel = attached.link.open(Role::Exec(exec_id.to_owned()), Kind::ExecAttach, request.encode()).await?;
+    match channel.head().await {
+        Ok(Head::Started(_)) | Err(End::Exited(_)) => Ok(no_content()),
+        Ok(Head::Ok(_)) | Err(End::Done) => Err(Problem::garbled()),
+        Err(End::Failed(failure)) => Err(Problem::exec(&failure)),
+        Err(End::Ended(ending)) => Err(ending.to_problem()),
+    }
 }
 
 #[derive(Serialize)]
@@ -262,6 +394,50 @@ pub async fn list(attached: &Attached, query: Query) -> Result<Response<Body>, P
         })
         .collect();
     Ok(json_response(&ExecPage { execs }))
+}
+
+/// `types.ExecState`.
+#[derive(Serialize)]
+struct ExecState {
+    exec_id: String,
+    pid: u32,
+    exit: Option<stream::ExecExit>,
+}
+
+/// `GET execs/{eid}`: how it ended, or that it still runs after so many seconds; its output stays where it is.
+pub async fn state(attached: &Attached, exec_id: &str, mut query: Query) -> Result<Response<Body>, Problem> {
+    let patience = query.seconds("wait")?.unwrap_or_default();
+    query.finish()?;
+    if patience > MAX_WAIT {
+        return Err(Problem::invalid("wait is longer than 600 seconds").hint("ask again when it has passed"));
+    }
+    let mut request = Writer::default();
+    request.bytes(exec_id.as_bytes());
+    let mut channel = attached.link.open(Role::Wait, Kind::ExecWait, request.into_bytes()).await?;
+    let mut pid = 0;
+    let end = match channel.head().await {
+        Ok(Head::Started(started)) => {
+            pid = started.pid;
+            match timeout(patience, poll_fn(|cx| channel.poll_piece(cx))).await {
+                Ok(Err(end)) => Some(end),
+                Ok(Ok(_)) => return Err(Problem::garbled()),
+                Err(_) => None,
+            }
+        }
+        Ok(Head::Ok(_)) => return Err(Problem::garbled()),
+        Err(end) => Some(end),
+    };
+    let exit = match end {
+        None => None,
+        Some(End::Exited(exited)) => {
+            pid = exited.pid;
+            Some(stream::ExecExit::from(&exited))
+        }
+        Some(End::Failed(failure)) => return Err(Problem::exec(&failure)),
+        Some(End::Ended(ending)) => return Err(ending.to_problem()),
+        Some(End::Done) => return Err(Problem::garbled()),
+    };
+    Ok(json_response(&ExecState { exec_id: exec_id.to_owned(), pid, exit }))
 }
 
 /// `POST execs/{eid}/stdin`.
@@ -401,6 +577,8 @@ mod tests {
             r#"{"argv":["a"],"timeout":1e999}"#,
             r#"{"argv":["a"],"exec_id":"a/b"}"#,
             r#"{"argv":["a"],"exec_id":""}"#,
+            r#"{"argv":["a"],"exec_id":"."}"#,
+            r#"{"argv":["a"],"exec_id":".."}"#,
             r#"{"argv":["a"],"pty":{"rows":0}}"#,
             r#"{"argv":["a"],"shell":true}"#,
             r#"{"argv":"a"}"#,

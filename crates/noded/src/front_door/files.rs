@@ -2,7 +2,7 @@
 
 use super::body::{Body, DownloadBody};
 use super::exec::{json_response, no_content};
-use super::link::Role;
+use super::link::{Channel, Role};
 use super::problem::Problem;
 use super::registry::Attached;
 use super::request::{Query, check_path, json};
@@ -12,7 +12,8 @@ use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use serde::{Deserialize, Serialize};
 use shoal_wire::{
-    EOF, FileInfo, FileKind, FileList, FileListing, FileRead, FileRename, FileUnpack, FileWrite, Kind, PathRequest,
+    EOF, FileChange, FileInfo, FileKind, FileList, FileListing, FileRead, FileRename, FileUnpack, FileWatch, FileWrite,
+    Kind, PathRequest,
 };
 
 /// `types.FileInfo`.
@@ -57,6 +58,7 @@ pub async fn read(attached: &Attached, mut query: Query) -> Result<Response<Body
         offset: query.number("offset")?.unwrap_or(0),
         length: query.number("length")?.unwrap_or(u64::MAX),
     };
+    let framed = query.flag("framed", false)?;
     query.finish()?;
     let channel = attached.link.open(Role::Download, Kind::FileRead, request.encode()).await?;
     let answer = settle(channel.head().await, Problem::path)?;
@@ -64,7 +66,7 @@ pub async fn read(attached: &Attached, mut query: Query) -> Result<Response<Body
     // Files of /proc say that they are empty and are not; a device has no length at all.
     let length = (info.kind == FileKind::File && info.size > 0)
         .then(|| info.size.saturating_sub(request.offset).min(request.length));
-    Ok(bytes_response(Body::Download(DownloadBody::new(channel, length)), "application/octet-stream"))
+    Ok(download(channel, length, framed, "application/octet-stream"))
 }
 
 /// `PUT files/content`.
@@ -147,10 +149,11 @@ pub async fn rename(attached: &Attached, query: Query, body: &mut Incoming) -> R
 /// `GET files/archive`.
 pub async fn pack(attached: &Attached, mut query: Query) -> Result<Response<Body>, Problem> {
     let request = PathRequest { path: query.path("path")?, ..PathRequest::default() };
+    let framed = query.flag("framed", false)?;
     query.finish()?;
     let channel = attached.link.open(Role::Download, Kind::FilePack, request.encode()).await?;
     settle(channel.head().await, Problem::path)?;
-    Ok(bytes_response(Body::Download(DownloadBody::new(channel, None)), "application/x-tar"))
+    Ok(download(channel, None, framed, "application/x-tar"))
 }
 
 /// `PUT files/archive`.
@@ -162,8 +165,30 @@ pub async fn unpack(attached: &Attached, mut query: Query, body: &mut Incoming) 
     Ok(no_content())
 }
 
-fn bytes_response(body: Body, content_type: &'static str) -> Response<Body> {
-    let mut response = Response::new(body);
+/// `GET files/watch`.
+pub async fn watch(attached: &Attached, mut query: Query) -> Result<Response<Body>, Problem> {
+    let request = FileWatch { path: query.path("path")?, recursive: query.flag("recursive", true)? };
+    query.finish()?;
+    let channel = attached.link.open(Role::Download, Kind::FileWatch, request.encode()).await?;
+    settle(channel.head().await, Problem::watch)?;
+    Ok(download(channel, None, false, "application/x-ndjson"))
+}
+
+/// `POST files/attributes`.
+pub async fn change(attached: &Attached, mut query: Query) -> Result<Response<Body>, Problem> {
+    let (mode, user) = (query.mode("mode")?, query.user("user")?);
+    let request = FileChange { path: query.path("path")?, mode: mode.unwrap_or(u32::MAX), user };
+    query.finish()?;
+    if mode.is_none() && request.user.is_empty() {
+        return Err(Problem::invalid("there is nothing to change").hint("give mode, user, or both"));
+    }
+    info_response(&attached.call(Role::Call, Kind::FileChange, request.encode(), Problem::path).await?)
+}
+
+/// Answers with what comes on a channel; `framed`: as frames of an exec's stream, so that an error on the way is told.
+fn download(channel: Channel, length: Option<u64>, framed: bool, content_type: &'static str) -> Response<Body> {
+    let content_type = if framed { "application/vnd.shoal.stream" } else { content_type };
+    let mut response = Response::new(Body::Download(DownloadBody::new(channel, length, framed)));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }

@@ -9,8 +9,8 @@ use super::problem::Problem;
 use super::stream;
 use bytes::{Buf as _, Bytes, BytesMut};
 use shoal_wire::{
-    DATA_CHUNK, DETACH, DecodeError, EOF, ExecAttach, Exited, Failure, HEADER_LEN, Header, Kind, MAX_PAYLOAD, STDERR,
-    Started, WINDOW, Window,
+    DATA_CHUNK, DETACH, DecodeError, EOF, ExecAttach, Exited, Failure, HEADER_LEN, Header, Kind, MAX_PAYLOAD,
+    PORT_WINDOW, STDERR, Started, WINDOW, Window,
 };
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -23,6 +23,17 @@ use tokio::time::timeout;
 /// Calls and streams that one sandbox may have under way.
 pub const MAX_CHANNELS: usize = 1024;
 
+/// How many of them may be connections to ports: a public port is open to strangers, and the sandbox's owner shall
+/// still get a call through.
+pub const MAX_PORTS: usize = MAX_CHANNELS / 4 * 3;
+
+/// Bytes that an agent may have to keep for all servers in its sandbox together that do not read what strangers send
+/// them, beside [`LEAST_AHEAD`] for each. It lives in few megabytes.
+const AHEAD: u64 = 4 << 20;
+
+/// What each connection to a port may always have on its way. When so much was consumed, the agent tells.
+const LEAST_AHEAD: u64 = 8 << 10;
+
 /// The agent is told of progress in steps of this many bytes.
 const WINDOW_STEP: u64 = WINDOW / 8;
 
@@ -33,8 +44,9 @@ const WINDOW_STEP_IDLE: u64 = 8 << 10;
 /// Bytes waiting to be written to the agent above which uploads wait.
 const OUT_LIMIT: usize = 1 << 20;
 
-/// Shorter payloads are copied together, so that many small ones cost no more than their bytes.
-const COPY_BELOW: usize = 8 << 10;
+/// Shorter payloads are copied together, so that many small ones cost no more than their bytes. Longer ones stay in the
+/// buffer that they were read into, which holds little else.
+const COPY_BELOW: usize = super::connection::LARGE_READ / 2;
 
 /// Small payloads are gathered up to about this size.
 const GATHER: usize = 64 << 10;
@@ -79,6 +91,8 @@ enum Phase {
 pub enum Role {
     /// An exec's output; the id resumes it when the connection breaks.
     Exec(String),
+    /// An exec's end; asked for again when the connection breaks.
+    Wait,
     /// A request with a short answer.
     Call,
     /// A request with an answer of up to [`MAX_PAYLOAD`].
@@ -87,6 +101,8 @@ pub enum Role {
     Download,
     /// A request followed by bytes, then the answer.
     Upload,
+    /// A request whose answer is followed by bytes both ways. One task reads and writes.
+    Port,
 }
 
 /// Why nothing more comes on a channel.
@@ -131,15 +147,23 @@ struct Inbound {
     pulled: u64,
     /// Offset told to the agent.
     acknowledged: u64,
+    /// Bytes that come again and that the client's connection has taken already.
+    repeated: u64,
     ended: bool,
 }
 
 impl Inbound {
     fn at(offset: u64) -> Self {
-        Self { received: offset, pulled: offset, acknowledged: offset, ended: false }
+        Self { received: offset, pulled: offset, acknowledged: offset, repeated: 0, ended: false }
+    }
+    /// After a break, when what the client's connection took may not have reached the client.
+    fn again(&self) -> Self {
+        let Self { pulled, acknowledged, .. } = *self;
+        Self { pulled, repeated: pulled.saturating_sub(acknowledged), ..Self::at(acknowledged) }
     }
 }
 
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, no state machine")]
 struct Entry {
     role: Role,
     /// The request; sent again while it is not answered, when a broken connection is back.
@@ -151,6 +175,8 @@ struct Entry {
     over: bool,
     /// A new connection was asked to go on from these offsets.
     resuming: bool,
+    /// The client itself says what it has consumed.
+    by_client: bool,
     waker: Option<Waker>,
     queue: VecDeque<Piece>,
     inbound: [Inbound; 2],
@@ -159,6 +185,10 @@ struct Entry {
 }
 
 struct State {
+    /// Channels that are connections to ports.
+    ports: usize,
+    /// Bytes that were sent on these and are not consumed.
+    ahead: u64,
     phase: Phase,
     channels: HashMap<u32, Entry>,
     next_channel: u32,
@@ -185,6 +215,8 @@ impl Link {
     pub fn new() -> Self {
         Self {
             state: Mutex::new(State {
+                ports: 0,
+                ahead: 0,
                 phase: Phase::Connecting,
                 channels: HashMap::new(),
                 next_channel: 1,
@@ -225,9 +257,16 @@ impl Link {
                             let detail = format!("{MAX_CHANNELS} calls are under way in this sandbox");
                             return Err(Problem::exhausted(detail).hint("let some of them finish first"));
                         }
+                        if role == Role::Port {
+                            if state.ports >= MAX_PORTS {
+                                let detail = format!("{MAX_PORTS} connections to ports of this sandbox are open");
+                                return Err(Problem::exhausted(detail).hint("close some of them"));
+                            }
+                            state.ports += 1;
+                        }
                         let id = state.free_channel();
                         state.send(shoal_wire::frame(kind, 0, id, &payload));
-                        let request = matches!(role, Role::Exec(_)).then_some((kind, payload));
+                        let request = matches!(role, Role::Exec(_) | Role::Wait).then_some((kind, payload));
                         state.channels.insert(id, Entry::new(role, request));
                         self.outgoing.notify_one();
                         return Ok(Channel { link: Arc::clone(self), id });
@@ -251,20 +290,23 @@ impl Link {
             if entry.over || entry.end.is_some() {
                 continue;
             }
-            let Role::Exec(exec_id) = &entry.role else {
+            if entry.role == Role::Wait {
+                entry.answered = false;
+            } else if !matches!(entry.role, Role::Exec(_)) {
                 entry.finish(End::Ended(Ending::Lost("the connection to the guest agent broke".to_owned())));
                 continue;
-            };
+            }
             if !entry.answered {
                 if let Some((kind, payload)) = &entry.request {
                     frames.push(shoal_wire::frame(*kind, 0, *id, payload));
                 }
                 continue;
             }
+            let Role::Exec(exec_id) = &entry.role else { continue };
             // What the client did not take yet comes again, so a resumed stream needs no more room.
             entry.queue.clear();
             for inbound in &mut entry.inbound {
-                *inbound = Inbound::at(inbound.pulled);
+                *inbound = if entry.by_client { inbound.again() } else { Inbound::at(inbound.pulled) };
             }
             entry.resuming = true;
             let [out, err] = &entry.inbound;
@@ -359,13 +401,35 @@ impl Link {
             _ => return Err(Violation("frame that an agent does not send")),
         }
         // Nobody may listen any more: what was under way when the channel was cancelled is dropped.
+        let state = &mut *state;
         let Some(entry) = state.channels.get_mut(&header.channel) else { return Ok(()) };
         if entry.end.is_some() && !entry.over {
             return Ok(());
         }
+        let consumed = entry.consumed;
         entry.receive(header, frame)?;
+        if entry.role == Role::Port {
+            state.ahead = state.ahead.saturating_sub(entry.consumed - consumed);
+        }
         entry.wake();
         Ok(())
+    }
+
+    /// Takes a client's word for how far it has consumed an exec's output; false when nobody reads it now.
+    pub fn consumed(&self, exec_id: &str, offsets: [u64; 2]) -> bool {
+        let mut state = self.lock();
+        let next = state.next_channel;
+        let reads = |entry: &Entry| {
+            let over = matches!(entry.end, Some(End::Failed(_) | End::Ended(_)));
+            !over && matches!(&entry.role, Role::Exec(id) if id == exec_id)
+        };
+        let open = state.channels.iter().filter(|(_, entry)| reads(entry)).map(|(id, _)| *id);
+        // The newest has the output; one that it has taken over from may not have been told yet.
+        let Some(id) = open.min_by_key(|id| next.wrapping_sub(*id)) else { return false };
+        if state.consumed(id, offsets, true) {
+            self.outgoing.notify_one();
+        }
+        true
     }
 
     /// Takes everything that is to be written; waits until there is something.
@@ -423,6 +487,50 @@ impl State {
         self.urgent = true;
     }
 
+    /// Tells the agent that everything before these offsets is consumed: at once, or when it is worth a word.
+    ///
+    /// Returns whether it was told anything.
+    fn consumed(&mut self, channel: u32, offsets: [u64; 2], at_once: bool) -> bool {
+        // While the connection is down nothing is said; the attach to the next one says it all.
+        if !matches!(self.phase, Phase::Up) {
+            return false;
+        }
+        let Some(entry) = self.channels.get_mut(&channel) else { return false };
+        // After a command's end the agent still keeps what is not consumed; after a file's end, nothing.
+        let ended = matches!(entry.end, Some(End::Exited(_)));
+        let half_closed = entry.role == Role::Port && entry.inbound[0].ended;
+        if !entry.answered || entry.resuming || (entry.over && !ended) || half_closed {
+            return false;
+        }
+        let mut frames = [None, None];
+        for (((inbound, consumed), frame), flags) in
+            entry.inbound.iter_mut().zip(offsets).zip(&mut frames).zip([0, STDERR])
+        {
+            // A client cannot have what was not handed to it.
+            let consumed = consumed.min(inbound.pulled);
+            let step = match consumed == inbound.received {
+                true if ended => 1,
+                _ if at_once => 1,
+                true => WINDOW_STEP_IDLE,
+                false => WINDOW_STEP,
+            };
+            if consumed >= inbound.acknowledged.saturating_add(step) {
+                inbound.acknowledged = consumed;
+                *frame = Some(shoal_wire::frame(Kind::Window, flags, channel, &Window { consumed }.encode()));
+            }
+        }
+        let mut told = false;
+        for frame in frames.into_iter().flatten() {
+            told = true;
+            if ended {
+                self.send_lazily(frame);
+            } else {
+                self.send(frame);
+            }
+        }
+        told
+    }
+
     /// Queues a frame that nobody waits for.
     fn send_lazily(&mut self, frame: impl Into<Bytes>) {
         let frame = frame.into();
@@ -441,6 +549,7 @@ impl Entry {
             end: None,
             over: false,
             resuming: false,
+            by_client: false,
             waker: None,
             queue: VecDeque::new(),
             inbound: [Inbound::default(), Inbound::default()],
@@ -473,7 +582,11 @@ impl Entry {
             Kind::Started if exec && (!self.answered || self.resuming) => {
                 self.started(Started::decode(payload)?);
             }
-            Kind::Exited if exec => {
+            Kind::Started if self.role == Role::Wait && !self.answered => {
+                self.head = Some(Head::Started(Started::decode(payload)?));
+                self.answered = true;
+            }
+            Kind::Exited if exec || self.role == Role::Wait => {
                 let exited = Exited::decode(payload)?;
                 self.finish(End::Exited(exited));
             }
@@ -485,18 +598,20 @@ impl Entry {
                 frame.advance(HEADER_LEN);
                 self.head = Some(Head::Ok(frame.freeze()));
                 self.answered = true;
-                if self.role != Role::Download {
+                if !matches!(self.role, Role::Download | Role::Port) {
                     self.finish(End::Done);
                 }
             }
-            Kind::Window if self.role == Role::Upload => {
+            Kind::Window if self.role == Role::Upload || (self.role == Role::Port && self.answered) => {
                 let Window { consumed } = Window::decode(payload)?;
                 if consumed < self.consumed || consumed > self.sent {
                     return Err(Violation("window that does not fit what was sent"));
                 }
                 self.consumed = consumed;
             }
-            Kind::Data if self.answered && !self.resuming && (exec || self.role == Role::Download) => {
+            Kind::Data
+                if self.answered && !self.resuming && (exec || matches!(self.role, Role::Download | Role::Port)) =>
+            {
                 self.data(header, frame)?;
             }
             _ => return Err(Violation("frame that does not belong on its channel")),
@@ -521,7 +636,7 @@ impl Entry {
         self.head = Some(Head::Started(started));
     }
 
-    fn data(&mut self, header: Header, frame: BytesMut) -> Result<(), Violation> {
+    fn data(&mut self, header: Header, mut frame: BytesMut) -> Result<(), Violation> {
         let exec = matches!(self.role, Role::Exec(_));
         if header.flags & !(EOF | STDERR) != 0 || (header.flags & STDERR != 0 && !exec) {
             return Err(Violation("unknown flags on data"));
@@ -537,15 +652,22 @@ impl Entry {
             return Err(Violation("empty data"));
         }
         let received = inbound.received.saturating_add(length as u64);
-        if received > inbound.acknowledged.saturating_add(WINDOW) {
+        let window = if self.role == Role::Port { PORT_WINDOW } else { WINDOW };
+        if received > inbound.acknowledged.saturating_add(window) {
             return Err(Violation("more data than the window allows"));
         }
         inbound.received = received;
         inbound.ended = header.flags & EOF != 0;
-        if length > 0 {
-            self.keep(index, frame, length, exec);
+        let repeated = inbound.repeated.min(length as u64);
+        inbound.repeated -= repeated;
+        let repeated = repeated as usize;
+        if length > repeated {
+            // What the agent's header turns into does not matter: it is replaced.
+            frame.advance(repeated);
+            self.keep(index, frame, length - repeated, exec);
         }
-        if header.flags & EOF != 0 && !exec {
+        // The other half of a connection to a port may go on.
+        if header.flags & EOF != 0 && self.role == Role::Download {
             self.finish(End::Done);
         }
         Ok(())
@@ -621,38 +743,7 @@ pub struct Acknowledger {
 impl Acknowledger {
     /// Everything before these offsets is consumed.
     pub fn consumed(&self, offsets: [u64; 2]) {
-        let mut state = self.link.lock();
-        let state = &mut *state;
-        // While the connection is down nothing is said; the attach to the next one says it all.
-        if !matches!(state.phase, Phase::Up) {
-            return;
-        }
-        let Some(entry) = state.channels.get_mut(&self.id) else { return };
-        // After a command's end the agent still keeps what is not consumed; after a file's end, nothing.
-        let ended = matches!(entry.end, Some(End::Exited(_)));
-        if entry.resuming || (entry.over && !ended) {
-            return;
-        }
-        let mut frames = [None, None];
-        for (((inbound, consumed), frame), flags) in
-            entry.inbound.iter_mut().zip(offsets).zip(&mut frames).zip([0, STDERR])
-        {
-            let step = match consumed == inbound.received {
-                true if ended => 1,
-                true => WINDOW_STEP_IDLE,
-                false => WINDOW_STEP,
-            };
-            if consumed >= inbound.acknowledged.saturating_add(step) {
-                inbound.acknowledged = consumed;
-                *frame = Some(shoal_wire::frame(Kind::Window, flags, self.id, &Window { consumed }.encode()));
-            }
-        }
-        for frame in frames.into_iter().flatten() {
-            if ended {
-                state.send_lazily(frame);
-            } else {
-                state.send(frame);
-            }
+        if self.link.lock().consumed(self.id, offsets, false) {
             self.link.outgoing.notify_one();
         }
     }
@@ -681,6 +772,13 @@ impl Channel {
         .await
     }
 
+    /// Leaves it to the client to say what it has consumed; see [`Link::consumed`].
+    pub fn leave_to_client(&mut self) {
+        if let Some(entry) = self.link.lock().channels.get_mut(&self.id) {
+            entry.by_client = true;
+        }
+    }
+
     /// Tells the agent of progress in an exec's output, from wherever it is seen.
     pub fn acknowledger(&self) -> Acknowledger {
         Acknowledger { link: Arc::clone(&self.link), id: self.id }
@@ -691,6 +789,9 @@ impl Channel {
         let mut state = self.link.lock();
         let Some(entry) = state.channels.get_mut(&self.id) else { return Poll::Ready(Err(missing())) };
         let Some(piece) = entry.queue.pop_front() else {
+            if entry.role == Role::Port && entry.inbound[0].ended {
+                return Poll::Ready(Err(End::Done));
+            }
             if let Some(end) = &entry.end {
                 return Poll::Ready(Err(end.clone()));
             }
@@ -725,6 +826,38 @@ impl Channel {
         self.push(Bytes::new(), flag)
     }
 
+    /// Sends as much of `data` as the agent's window allows.
+    ///
+    /// # Errors
+    /// The agent wants no more, for this reason.
+    pub fn poll_send(&self, cx: &mut Context<'_>, data: &[u8]) -> Poll<Result<usize, End>> {
+        let Poll::Ready(room) = self.poll_room(cx) else { return Poll::Pending };
+        let sent = room.and_then(|room| {
+            let chunk = data.get(..room.min(DATA_CHUNK)).unwrap_or(data);
+            self.push(Bytes::copy_from_slice(chunk), 0).map(|()| chunk.len())
+        });
+        Poll::Ready(sent.map_err(|()| self.end()))
+    }
+
+    /// Waits until the agent has consumed all that was sent.
+    pub fn poll_consumed(&self, cx: &mut Context<'_>) -> Poll<Result<(), End>> {
+        let mut state = self.link.lock();
+        let Some(entry) = state.channels.get_mut(&self.id) else { return Poll::Ready(Err(missing())) };
+        if entry.consumed == entry.sent {
+            return Poll::Ready(Ok(()));
+        }
+        if let Some(end) = &entry.end {
+            return Poll::Ready(Err(end.clone()));
+        }
+        entry.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// Why nothing more comes.
+    fn end(&self) -> End {
+        self.link.lock().channels.get(&self.id).and_then(|entry| entry.end.clone()).unwrap_or_else(missing)
+    }
+
     fn poll_room(&self, cx: &mut Context<'_>) -> Poll<Result<usize, ()>> {
         let mut state = self.link.lock();
         let state = &mut *state;
@@ -732,13 +865,18 @@ impl Channel {
         if entry.end.is_some() {
             return Poll::Ready(Err(()));
         }
-        let room = (entry.consumed + WINDOW).saturating_sub(entry.sent);
+        let mut room = (entry.consumed + WINDOW).saturating_sub(entry.sent);
+        if entry.role == Role::Port {
+            let least = (entry.consumed + LEAST_AHEAD).saturating_sub(entry.sent);
+            room = room.min(AHEAD.saturating_sub(state.ahead).max(least));
+        }
         // Between two connections the call waits; it ends when the next one stands, or none does.
         if room > 0 && state.out_bytes < OUT_LIMIT && matches!(state.phase, Phase::Up) {
             return Poll::Ready(Ok(room as usize));
         }
         entry.waker = Some(cx.waker().clone());
-        if state.out_bytes >= OUT_LIMIT {
+        // A connection to a port also comes here when something was read.
+        if state.out_bytes >= OUT_LIMIT && !state.room.iter().any(|waker| waker.will_wake(cx.waker())) {
             state.room.push(cx.waker().clone());
         }
         Poll::Pending
@@ -755,6 +893,9 @@ impl Channel {
             return Ok(());
         }
         entry.sent += data.len() as u64;
+        if entry.role == Role::Port {
+            state.ahead += data.len() as u64;
+        }
         let header = Header { len: data.len() as u32, channel: self.id, kind: Kind::Data, flags };
         state.send(Bytes::copy_from_slice(&header.encode()));
         if !data.is_empty() {
@@ -769,6 +910,10 @@ impl Drop for Channel {
     fn drop(&mut self) {
         let mut state = self.link.lock();
         let Some(entry) = state.channels.remove(&self.id) else { return };
+        if entry.role == Role::Port {
+            state.ports = state.ports.saturating_sub(1);
+            state.ahead = state.ahead.saturating_sub(entry.sent - entry.consumed);
+        }
         // An exec's channel stays open after its end, for what is consumed late.
         let ended = matches!(entry.end, Some(End::Exited(_)));
         if (ended || !entry.over) && matches!(state.phase, Phase::Up) {
@@ -789,6 +934,11 @@ mod tests {
 
     fn open(link: &Arc<Link>, role: Role) -> Channel {
         link.up();
+        open_another(link, role)
+    }
+
+    /// As [`open`], on the connection that stands.
+    fn open_another(link: &Arc<Link>, role: Role) -> Channel {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(link.open(role, Kind::ExecStart, Vec::new())).unwrap()
     }
@@ -834,6 +984,29 @@ mod tests {
     }
 
     #[test]
+    fn rs_09_a_reader_s_piece_keeps_no_larger_buffer_alive() {
+        let link = Arc::new(Link::new());
+        let mut channel = open(&link, Role::Port);
+        receive(&link, Kind::Ok, 0, channel.id, &[]).unwrap();
+        for size in [8 << 10, 16 << 10, super::super::connection::LARGE_READ / 2 - 1] {
+            // As it is read: behind the frame there is another that nobody keeps.
+            let payload = vec![b'x'; size];
+            let mut buffer = BytesMut::with_capacity(super::super::connection::LARGE_READ);
+            buffer.extend_from_slice(&shoal_wire::frame(Kind::Data, 0, channel.id, &payload));
+            let frame = buffer.split_to(buffer.len());
+            let place = frame.as_ptr_range();
+            let header = Header { len: size as u32, channel: channel.id, kind: Kind::Data, flags: 0 };
+            link.receive(header, frame).unwrap();
+            let piece = take(&mut channel).unwrap().unwrap();
+            assert_eq!(piece, payload);
+            assert!(!place.contains(&piece.as_ptr()), "{size} bytes keep {}", super::super::connection::LARGE_READ);
+        }
+        let over = vec![b'x'; PORT_WINDOW as usize + 1];
+        let refused = receive(&link, Kind::Data, 0, channel.id, &over);
+        assert_eq!(refused, Err(Violation("more data than the window allows")));
+    }
+
+    #[test]
     fn frames_for_the_client_are_joined_where_they_are_small_and_kept_where_they_are_not() {
         let link = Arc::new(Link::new());
         let mut channel = open(&link, Role::Exec("e".to_owned()));
@@ -849,6 +1022,48 @@ mod tests {
         let third = take(&mut channel).unwrap().unwrap();
         assert_eq!(third, [&stream::header(2, 1)[..], b"e"].concat());
         assert!(take(&mut channel).is_none());
+    }
+
+    /// Sends as much as may be sent now.
+    fn fill(channel: &Channel) -> usize {
+        let mut cx = Context::from_waker(Waker::noop());
+        let bytes = vec![0; DATA_CHUNK];
+        let mut sent = 0;
+        while let Poll::Ready(Ok(count)) = channel.poll_send(&mut cx, &bytes) {
+            sent += count;
+            // As the connection's task does when it has written.
+            channel.link.written(usize::MAX);
+        }
+        sent
+    }
+
+    #[test]
+    fn rs_09_what_an_agent_must_keep_for_servers_that_do_not_read_is_bounded() {
+        let link = Arc::new(Link::new());
+        link.up();
+        let connect = || {
+            let channel = open_another(&link, Role::Port);
+            receive(&link, Kind::Ok, 0, channel.id, b"").unwrap();
+            channel
+        };
+        let many: Vec<Channel> = (0..MAX_PORTS).map(|_| connect()).collect();
+        let sent: Vec<usize> = many.iter().map(fill).collect();
+        assert_eq!(sent[0] as u64, WINDOW);
+        assert!(sent.iter().all(|sent| *sent as u64 >= LEAST_AHEAD));
+        let most = AHEAD + MAX_PORTS as u64 * LEAST_AHEAD;
+        assert!(sent.iter().sum::<usize>() as u64 <= most);
+        // The agent of one that was held short says that it went on, and so does the door.
+        let last = many.last().unwrap();
+        let window = Window { consumed: LEAST_AHEAD }.encode();
+        receive(&link, Kind::Window, 0, last.id, &window).unwrap();
+        assert_eq!(fill(last) as u64, LEAST_AHEAD);
+        drop(many);
+        let left = {
+            let state = link.lock();
+            (state.ports, state.ahead)
+        };
+        assert_eq!(left, (0, 0));
+        assert_eq!(fill(&connect()) as u64, WINDOW);
     }
 
     #[test]
@@ -883,5 +1098,27 @@ mod tests {
         let started = Started { stdout_offset: COPY_BELOW as u64 + 9, ..Started::default() };
         receive(&link, Kind::Started, 0, channel.id, &started.encode()).unwrap();
         assert!(matches!(take(&mut channel), Some(Err(End::Ended(Ending::Lost(_))))));
+    }
+
+    #[test]
+    fn what_the_client_has_not_confirmed_comes_again_to_the_link_and_not_to_the_client() {
+        let link = Arc::new(Link::new());
+        let mut channel = open(&link, Role::Exec("e".to_owned()));
+        channel.leave_to_client();
+        receive(&link, Kind::Started, 0, channel.id, &Started::default().encode()).unwrap();
+        receive(&link, Kind::Data, 0, channel.id, b"0123456789").unwrap();
+        assert_eq!(take(&mut channel).unwrap().unwrap()[stream::HEADER_LEN..], *b"0123456789");
+        assert!(link.consumed("e", [4, 99]) && !link.consumed("f", [0, 0]));
+        link.broke();
+        link.up();
+        let frame = link.lock().out.back().unwrap().clone();
+        let attach = ExecAttach::decode(&frame[HEADER_LEN..]).unwrap();
+        assert_eq!((attach.stdout_offset, attach.stderr_offset), (4, 0));
+        let started = Started { stdout_offset: 4, ..Started::default() };
+        receive(&link, Kind::Started, 0, channel.id, &started.encode()).unwrap();
+        receive(&link, Kind::Data, 0, channel.id, b"456").unwrap();
+        assert!(take(&mut channel).is_none());
+        receive(&link, Kind::Data, 0, channel.id, b"789abc").unwrap();
+        assert_eq!(take(&mut channel).unwrap().unwrap()[stream::HEADER_LEN..], *b"abc");
     }
 }

@@ -1,6 +1,6 @@
 //! The process that strangers talk to: no privileges, no files, one thread.
 //!
-//! It serves the data plane of every attached sandbox (execs, files) over HTTP/1.1, straight from
+//! It serves the data plane of every attached sandbox (execs, files, ports) over HTTP/1.1, straight from
 //! the client's socket to the guest agent's, and passes everything else to the Python server. The
 //! server says over the control socket which sandboxes there are.
 
@@ -12,6 +12,12 @@ mod files;
 mod link;
 mod log;
 mod outlet;
+mod port_enter;
+mod port_http;
+mod port_stream;
+mod port_token;
+mod ports;
+mod probe;
 mod problem;
 mod proxy;
 mod registry;
@@ -45,6 +51,9 @@ const TRIM_EVERY: Duration = Duration::from_secs(30);
 /// How long a broken connection to an agent may stay broken.
 const GRACE: Duration = Duration::from_millis(500);
 
+/// How long a raw connection of which one half is closed may be silent.
+const HALF_CLOSED: Duration = Duration::from_mins(10);
+
 /// What the front door works with; the keeper opens all of it.
 #[derive(Debug)]
 pub struct Config {
@@ -60,6 +69,8 @@ pub struct Config {
     pub header_timeout: Duration,
     /// How long a broken connection to an agent may stay broken before its sandbox is lost.
     pub grace: Duration,
+    /// How long a raw connection to a port may be silent once one half of it is closed.
+    pub half_closed: Duration,
 }
 
 impl Config {
@@ -72,6 +83,7 @@ impl Config {
             max_connections: 16_384,
             header_timeout: Duration::from_mins(1),
             grace: GRACE,
+            half_closed: HALF_CLOSED,
         }
     }
 }
@@ -81,9 +93,12 @@ struct Door {
     registry: Registry,
     proxy: Arc<Proxy>,
     connections: Arc<Semaphore>,
+    /// Of these, those that come over TCP: strangers who open many shall not lock the owner out.
+    from_tcp: Arc<Semaphore>,
     refusals: Arc<Semaphore>,
     header_timeout: Duration,
     grace: Duration,
+    half_closed: Duration,
     peers: Mutex<Vec<Peer>>,
 }
 
@@ -122,9 +137,11 @@ fn start(config: Config) -> io::Result<std::convert::Infallible> {
             registry: Registry::default(),
             proxy: Arc::new(Proxy::new(config.server_socket)),
             connections: Arc::new(Semaphore::new(max_connections)),
+            from_tcp: Arc::new(Semaphore::new((max_connections / 2).max(1))),
             refusals: Arc::new(Semaphore::new(max_connections.min(64))),
             header_timeout: config.header_timeout,
             grace: config.grace,
+            half_closed: config.half_closed,
             peers: Mutex::new(Vec::new()),
         });
         for descriptor in config.public {

@@ -1,7 +1,7 @@
 //! Errors as clients see them: problem+json (RFC 9457) with the codes of `shoal.errors`.
 
 use super::body::Body;
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE};
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS};
 use hyper::{Response, StatusCode};
 use serde_json::{Map, Value};
 use shoal_wire::Failure;
@@ -54,10 +54,28 @@ impl Problem {
         Self::new("unauthenticated", 401, detail)
             .hint("send the sandbox's access token as `Authorization: Bearer …`; create and connect return it")
     }
+    /// Nobody may do this from where it came.
+    pub fn forbidden(detail: &str) -> Self {
+        Self::new("forbidden", 403, detail)
+    }
+    /// No such sandbox. It does not say which: the answer is the same for all that are not there.
+    pub fn sandbox_not_found() -> Self {
+        Self::new("sandbox_not_found", 404, "there is no such sandbox")
+    }
+    /// It did not happen in time.
+    pub fn deadline_exceeded(detail: impl Into<String>) -> Self {
+        Self::new("deadline_exceeded", 408, detail)
+    }
+    /// Nobody serves a port.
+    pub fn port_unreachable(port: u16, why: &str) -> Self {
+        Self::new("port_unreachable", 502, format!("port {port}: {why}"))
+            .fact("port", port)
+            .hint("start a server in the sandbox that listens on this port, on 127.0.0.1 or all addresses")
+    }
     /// No such route.
     pub fn no_route(path: &str) -> Self {
         Self::new("not_found", 404, format!("no route {path}"))
-            .hint("paths of the data plane begin with execs or files")
+            .hint("paths of the data plane begin with execs, files or ports")
     }
     /// The route exists for other methods.
     pub fn method_not_allowed(method: &str, allow: &'static str) -> Self {
@@ -115,6 +133,18 @@ impl Problem {
         }
     }
 
+    /// A path cannot be watched.
+    pub fn watch(failure: &Failure) -> Self {
+        match failure.errno {
+            libc::ENOSPC | libc::EMFILE | libc::ENFILE | libc::ENOMEM => {
+                Self::exhausted(format!("too much is being watched: {}", describe(failure)))
+                    .fact("errno", failure.errno)
+                    .hint("watch fewer paths or a smaller tree; the kernel's limits are in /proc/sys/fs/inotify")
+            }
+            _ => Self::path(failure),
+        }
+    }
+
     /// An operation on an exec failed.
     pub fn exec(failure: &Failure) -> Self {
         let detail = describe(failure);
@@ -133,9 +163,13 @@ impl Problem {
     }
 
     /// The stable word of this error.
-    #[cfg(test)]
     pub fn code(&self) -> &'static str {
         self.code
+    }
+
+    /// What is wrong, for a person.
+    pub fn detail(&self) -> &str {
+        &self.detail
     }
 
     /// The document.
@@ -162,6 +196,8 @@ impl Problem {
         *response.status_mut() = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        // It repeats parts of the request, and a browser may show it under a port's origin.
+        headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
         if self.status == 401 {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
@@ -173,7 +209,7 @@ impl Problem {
 }
 
 /// What the agent says failed, and the kernel's words for it.
-fn describe(failure: &Failure) -> String {
+pub fn describe(failure: &Failure) -> String {
     /// Longer ones come from no honest agent.
     const LONGEST: usize = 4096;
     let what = failure.what.get(..LONGEST).unwrap_or(&failure.what);

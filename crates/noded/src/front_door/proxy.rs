@@ -275,7 +275,7 @@ async fn silence(moved: &Mutex<Instant>) {
 /// Drops what concerns one connection only.
 ///
 /// Source: RFC 9110, 7.6.1.
-fn drop_hop_by_hop(headers: &mut HeaderMap) {
+pub fn drop_hop_by_hop(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
         .iter()

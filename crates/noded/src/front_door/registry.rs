@@ -2,10 +2,13 @@
 
 use super::link::Link;
 use super::problem::Problem;
-use std::collections::HashMap;
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use sha2::Sha256;
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use subtle::ConstantTimeEq as _;
+use tokio::sync::watch;
 
 /// What every exec of a sandbox gets unless its request says otherwise.
 #[derive(Clone, Debug, Default, serde::Deserialize)]
@@ -34,6 +37,12 @@ impl Token {
     pub fn matches(&self, candidate: &[u8]) -> bool {
         bool::from(self.0.as_bytes().ct_eq(candidate))
     }
+    /// Whether somebody who knows the secret made this code for this message.
+    pub fn vouches(&self, message: &str, code: &[u8]) -> bool {
+        // HMAC takes keys of any length; its comparison takes the same time wherever the two differ.
+        Hmac::<Sha256>::new_from_slice(self.0.as_bytes())
+            .is_ok_and(|mac| mac.chain_update(message).verify_slice(code).is_ok())
+    }
 }
 
 impl std::fmt::Debug for Token {
@@ -55,9 +64,17 @@ pub struct Attached {
     pub token: Arc<Token>,
     /// Defaults of its execs.
     pub defaults: Arc<ProcessDefaults>,
+    /// Ports that anybody may use.
+    pub public_ports: Arc<watch::Sender<BTreeSet<u16>>>,
 }
 
 impl Attached {
+    /// Waits until a port is not public, or no longer.
+    pub async fn private(&self, port: u16) {
+        // The sender is ours, so that it cannot be gone.
+        let _ = self.public_ports.subscribe().wait_for(|ports| !ports.contains(&port)).await;
+    }
+
     /// Lets a request through, or not, by its `Authorization` header.
     pub fn authorize(&self, header: Option<&[u8]>) -> Result<(), Problem> {
         let Some(header) = header else { return Err(Problem::unauthenticated("no access token was sent")) };
@@ -84,6 +101,12 @@ impl Registry {
     /// Puts a sandbox in, and hands back the one it replaces.
     pub fn insert(&self, id: String, attached: Attached) -> Option<Attached> {
         self.lock().insert(id, attached)
+    }
+    /// Says which ports of a sandbox anybody may use; false when there is no such sandbox.
+    pub fn publish(&self, id: &str, ports: BTreeSet<u16>) -> bool {
+        let Some(attached) = self.get(id) else { return false };
+        attached.public_ports.send_replace(ports);
+        true
     }
     /// Takes a sandbox out.
     pub fn remove(&self, id: &str) -> Option<Attached> {

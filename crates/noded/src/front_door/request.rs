@@ -74,6 +74,14 @@ impl Query {
         }
     }
 
+    /// Takes a time in seconds, with a fraction if need be.
+    pub fn seconds(&mut self, name: &str) -> Result<Option<Duration>, Problem> {
+        let Some(text) = self.text(name)? else { return Ok(None) };
+        let plain = text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+        let seconds = text.parse().ok().filter(|_| plain).and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        seconds.map(Some).ok_or_else(|| Problem::invalid(format!("{name} is {text:?}, not a time in seconds")))
+    }
+
     /// Takes `true` or `false`.
     pub fn flag(&mut self, name: &str, default: bool) -> Result<bool, Problem> {
         match self.text(name)?.as_deref() {
@@ -137,32 +145,40 @@ pub fn check_path(what: &str, path: &[u8]) -> Result<(), Problem> {
     check_no_nul(what, path)
 }
 
-/// Refuses an exec id that is not one.
+/// Refuses an exec id that is not one. It stands in paths, where `.` and `..` mean something else.
 pub fn check_exec_id(id: &str) -> Result<(), Problem> {
     let fits = (1..=128).contains(&id.len())
-        && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-'));
+        && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-'))
+        && !matches!(id, "." | "..");
     if fits {
         return Ok(());
     }
-    Err(Problem::invalid(format!("exec id {id:?} is none")).hint("1 to 128 of the characters A-Z a-z 0-9 _ . -"))
+    Err(Problem::invalid(format!("exec id {id:?} is none"))
+        .hint("1 to 128 of the characters A-Z a-z 0-9 _ . -, and neither `.` nor `..`"))
 }
 
 /// Reads a whole JSON body.
 pub async fn json<T: DeserializeOwned>(body: &mut Incoming) -> Result<T, Problem> {
-    let bytes = timeout(BODY_DEADLINE, collect(body)).await.map_err(|_| Problem::body_timeout())??;
+    let bytes = timeout(BODY_DEADLINE, collect(body, MAX_JSON)).await.map_err(|_| Problem::body_timeout())??;
     serde_json::from_slice(&bytes).map_err(|error| Problem::invalid(format!("body: {error}")))
 }
 
-async fn collect(body: &mut Incoming) -> Result<Vec<u8>, Problem> {
+/// Reads a whole body of text.
+pub async fn text(body: &mut Incoming, limit: usize) -> Result<String, Problem> {
+    let bytes = timeout(BODY_DEADLINE, collect(body, limit)).await.map_err(|_| Problem::body_timeout())??;
+    String::from_utf8(bytes).map_err(|_| Problem::invalid("the body is not UTF-8"))
+}
+
+async fn collect(body: &mut Incoming, limit: usize) -> Result<Vec<u8>, Problem> {
     let mut bytes = Vec::new();
-    if body.size_hint().lower() > MAX_JSON as u64 {
-        return Err(Problem::body_too_large(MAX_JSON));
+    if body.size_hint().lower() > limit as u64 {
+        return Err(Problem::body_too_large(limit));
     }
     while let Some(frame) = poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await {
         let frame = frame.map_err(|error| Problem::invalid(format!("body: {error}")))?;
         if let Ok(data) = frame.into_data() {
-            if bytes.len() + data.len() > MAX_JSON {
-                return Err(Problem::body_too_large(MAX_JSON));
+            if bytes.len() + data.len() > limit {
+                return Err(Problem::body_too_large(limit));
             }
             bytes.extend_from_slice(&data);
         }
@@ -217,6 +233,9 @@ mod tests {
     fn numbers_modes_and_paths_are_not_guessed() {
         for bad in ["n=+1", "n=-1", "n=", "n=1e3", "n=99999999999999999999"] {
             assert!(Query::parse(Some(&bad.replace('+', "%2B"))).unwrap().number("n").is_err(), "{bad}");
+        }
+        for bad in ["t=+1", "t=-1", "t=", "t=1e3", "t=inf", "t=.", "t=99999999999999999999"] {
+            assert!(Query::parse(Some(&bad.replace('+', "%2B"))).unwrap().seconds("t").is_err(), "{bad}");
         }
         for bad in ["m=0o644", "m=888", "m=17777", "m="] {
             assert!(Query::parse(Some(bad)).unwrap().mode("m").is_err(), "{bad}");

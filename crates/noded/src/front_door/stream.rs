@@ -32,17 +32,20 @@ fn frame(kind: u8, payload: &[u8]) -> Bytes {
     out.into()
 }
 
+/// `types.ExecStarted`.
 #[derive(Serialize)]
-struct ExecStarted<'a> {
+pub struct ExecStarted<'a> {
     exec_id: &'a str,
     pid: u32,
     existing: bool,
     stdout_offset: u64,
     stderr_offset: u64,
+    detached: bool,
 }
 
+/// `types.ExecExit`.
 #[derive(Serialize)]
-struct ExecExit {
+pub struct ExecExit {
     outcome: &'static str,
     exit_code: Option<i32>,
     signal: Option<i32>,
@@ -61,36 +64,47 @@ struct Usage {
     written_bytes: u64,
 }
 
+impl<'a> ExecStarted<'a> {
+    /// What the agent says of an exec.
+    pub fn new(exec_id: &'a str, started: &Started) -> Self {
+        Self {
+            exec_id,
+            pid: started.pid,
+            existing: started.existing,
+            stdout_offset: started.stdout_offset,
+            stderr_offset: started.stderr_offset,
+            detached: started.detached,
+        }
+    }
+}
+
 /// The first frame.
 pub fn started(exec_id: &str, started: &Started) -> Bytes {
-    let document = ExecStarted {
-        exec_id,
-        pid: started.pid,
-        existing: started.existing,
-        stdout_offset: started.stdout_offset,
-        stderr_offset: started.stderr_offset,
-    };
-    frame(STARTED, &serde_json::to_vec(&document).unwrap_or_default())
+    frame(STARTED, &serde_json::to_vec(&ExecStarted::new(exec_id, started)).unwrap_or_default())
+}
+
+impl From<&Exited> for ExecExit {
+    fn from(exited: &Exited) -> Self {
+        Self {
+            outcome: exited.outcome.word(),
+            exit_code: (exited.outcome == Outcome::Exited).then_some(exited.code),
+            signal: (exited.signal != 0).then_some(exited.signal),
+            errno: (exited.errno != 0).then_some(exited.errno),
+            stage: (exited.outcome == Outcome::NotStarted).then(|| exited.stage.word()),
+            usage: Usage {
+                wall_s: seconds(exited.wall_ns, 1e9),
+                user_s: seconds(exited.user_us, 1e6),
+                system_s: seconds(exited.system_us, 1e6),
+                max_rss_bytes: exited.max_rss_kib.saturating_mul(1024),
+                read_bytes: exited.read_bytes,
+                written_bytes: exited.written_bytes,
+            },
+        }
+    }
 }
 
 fn exit(exited: &Exited) -> Bytes {
-    let not_started = exited.outcome == Outcome::NotStarted;
-    let document = ExecExit {
-        outcome: exited.outcome.word(),
-        exit_code: (exited.outcome == Outcome::Exited).then_some(exited.code),
-        signal: (exited.signal != 0).then_some(exited.signal),
-        errno: (exited.errno != 0).then_some(exited.errno),
-        stage: not_started.then(|| exited.stage.word()),
-        usage: Usage {
-            wall_s: seconds(exited.wall_ns, 1e9),
-            user_s: seconds(exited.user_us, 1e6),
-            system_s: seconds(exited.system_us, 1e6),
-            max_rss_bytes: exited.max_rss_kib.saturating_mul(1024),
-            read_bytes: exited.read_bytes,
-            written_bytes: exited.written_bytes,
-        },
-    };
-    frame(EXIT, &serde_json::to_vec(&document).unwrap_or_default())
+    frame(EXIT, &serde_json::to_vec(&ExecExit::from(exited)).unwrap_or_default())
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a double counts nanoseconds exactly for 104 days")]
@@ -106,6 +120,11 @@ pub fn last(end: End) -> Bytes {
         End::Ended(ending) => ending.to_problem(),
         End::Done => Problem::garbled(),
     };
+    failed(&problem)
+}
+
+/// The last frame of what ended in an error.
+pub fn failed(problem: &Problem) -> Bytes {
     frame(ERROR, &problem.to_json())
 }
 

@@ -38,7 +38,7 @@ fn a_short_command_streams_started_output_and_exit() {
     let frames = answer.frames();
     assert_eq!(frames.len(), 4);
     let started: serde_json::Value = serde_json::from_slice(&frames[0].1).unwrap();
-    let expected = json!({"exec_id": "e1", "pid": 7, "existing": false, "stdout_offset": 0, "stderr_offset": 0});
+    let expected = json!({"exec_id": "e1", "pid": 7, "existing": false, "stdout_offset": 0, "stderr_offset": 0, "detached": false});
     assert_eq!((frames[0].0, started), (1, expected));
     assert_eq!(frames[1], (2, b"out".to_vec()));
     assert_eq!(frames[2], (3, b"err".to_vec()));
@@ -246,7 +246,7 @@ fn an_exec_is_attached_to_by_offset() {
         let (channel, _, payload) = agent.expect(Kind::ExecAttach);
         let attach = ExecAttach::decode(&payload).unwrap();
         assert_eq!((attach.exec_id.as_slice(), attach.stdout_offset, attach.stderr_offset), (&b"e1"[..], 5, 0));
-        let started = Started { pid: 9, existing: true, stdout_offset: 5, stderr_offset: 2 };
+        let started = Started { pid: 9, existing: true, stdout_offset: 5, stderr_offset: 2, ..Started::default() };
         agent.started(channel, started);
         agent.send(Kind::Data, 0, channel, b"rest");
         agent.exited(channel, 0);
@@ -386,7 +386,7 @@ fn a_stream_survives_a_broken_connection_to_the_agent() {
         let (channel, _, payload) = agent.expect(Kind::ExecAttach);
         let attach = ExecAttach::decode(&payload).unwrap();
         assert_eq!((attach.exec_id.as_slice(), attach.stdout_offset), (&b"e1"[..], 3));
-        agent.started(channel, Started { pid: 7, existing: true, stdout_offset: 3, stderr_offset: 0 });
+        agent.started(channel, Started { pid: 7, existing: true, stdout_offset: 3, ..Started::default() });
         agent.send(Kind::Data, 0, channel, b"two");
         agent.exited(channel, 0);
         agent.idle();
@@ -402,6 +402,41 @@ fn a_stream_survives_a_broken_connection_to_the_agent() {
     let frames = frames(&stream);
     assert_eq!(frames[1], (2, b"onetwo".to_vec()));
     assert_eq!(frames[2].0, 4);
+}
+
+#[test]
+fn an_end_is_waited_for_across_a_broken_connection_and_for_so_long_only() {
+    let door = TestDoor::patient();
+    let mut connection = 0;
+    let running = Started { pid: 7, existing: true, ..Started::default() };
+    door.agent(move |mut agent| {
+        connection += 1;
+        let (channel, _, payload) = agent.expect(Kind::ExecWait);
+        assert_eq!(payload, b"\x02\0\0\0e1");
+        agent.started(channel, running.clone());
+        if connection == 1 {
+            return;
+        }
+        let exited = Exited { outcome: Outcome::Signaled, signal: 9, pid: 7, ..Exited::default() };
+        agent.send(Kind::Exited, 0, channel, &exited.encode());
+        let (channel, ..) = agent.expect(Kind::ExecWait);
+        agent.started(channel, running.clone());
+        let (cancelled, ..) = agent.expect(Kind::Cancel);
+        assert_eq!(cancelled, channel);
+        let (channel, ..) = agent.expect(Kind::ExecWait);
+        let failure = Failure { errno: libc::ENOENT, what: b"e1".to_vec() };
+        agent.send(Kind::Error, 0, channel, &failure.encode());
+        agent.idle();
+    });
+    let answer = door.request("GET", "execs/e1?wait=60", b"").json();
+    assert_eq!((&answer["pid"], &answer["exit"]["outcome"]), (&json!(7), &json!("signaled")));
+    assert_eq!((&answer["exit"]["signal"], &answer["exit"]["exit_code"]), (&json!(9), &json!(null)));
+    let answer = door.request("GET", "execs/e1", b"").json();
+    assert_eq!(answer, json!({"exec_id": "e1", "pid": 7, "exit": null}));
+    assert_eq!(door.request("GET", "execs/e1?wait=1", b"").problem().1, "exec_not_found");
+    for wait in ["601", "-1", "x"] {
+        assert_eq!(door.request("GET", &format!("execs/e1?wait={wait}"), b"").problem().0, 400, "{wait}");
+    }
 }
 
 #[test]
@@ -462,4 +497,79 @@ fn the_answer_to_a_short_command_takes_few_writes() {
     let mut bytes = vec![0; 64 << 10];
     let count = client.reader.get_mut().read(&mut bytes).unwrap();
     assert!(bytes[..count].ends_with(b"0\r\n\r\n"), "{}", String::from_utf8_lossy(&bytes[..count]));
+}
+
+#[test]
+fn a_detached_start_is_answered_at_once_and_not_read() {
+    let door = TestDoor::start();
+    let (tell, told) = mpsc::channel();
+    door.agent(move |mut agent| {
+        let (channel, start) = agent.start();
+        agent.send(Kind::Data, 0, channel, b"nobody reads this");
+        let (cancelled, ..) = agent.expect(Kind::Cancel);
+        tell.send((start.detached, cancelled == channel)).unwrap();
+        agent.idle();
+    });
+    let answer = door.request("POST", "execs", br#"{"argv":["yes"],"detached":true,"exec_id":"e"}"#);
+    let expected =
+        json!({"exec_id": "e", "pid": 7, "existing": false, "stdout_offset": 0, "stderr_offset": 0, "detached": true});
+    assert_eq!((answer.status, answer.json()), (201, expected));
+    assert_eq!(told.recv_timeout(super::PATIENCE).unwrap(), (true, true));
+}
+
+#[test]
+fn output_is_consumed_as_far_as_a_client_says_that_asked_to_say_so() {
+    let door = TestDoor::start();
+    let (tell, told) = mpsc::channel();
+    let (go, may_go) = mpsc::channel();
+    door.agent(move |mut agent| {
+        let (channel, _) = agent.start();
+        agent.send(Kind::Data, 0, channel, &[b'x'; 100_000]);
+        agent.send(Kind::Data, STDERR, channel, &[b'y'; 50_000]);
+        for _ in 0..2 {
+            let (_, flags, payload) = agent.expect(Kind::Window);
+            tell.send((flags, Window::decode(&payload).unwrap().consumed)).unwrap();
+        }
+        may_go.recv().unwrap();
+        agent.exited(channel, 0);
+        // After the end of the stream nobody reads; what the client says then is said by an attach.
+        let (late, _, payload) = agent.expect(Kind::ExecAttach);
+        let attach = ExecAttach::decode(&payload).unwrap();
+        tell.send((9, attach.stdout_offset)).unwrap();
+        agent.started(
+            late,
+            Started { pid: 7, existing: true, stdout_offset: 100_000, stderr_offset: 50_000, ..Started::default() },
+        );
+        let (unknown, ..) = agent.expect(Kind::Cancel);
+        assert_eq!(unknown, late);
+        let (unknown, ..) = agent.expect(Kind::ExecAttach);
+        let failure = Failure { errno: libc::ENOENT, what: b"f".to_vec() };
+        agent.send(Kind::Error, 0, unknown, &failure.encode());
+        agent.idle();
+    });
+    let mut reader = door.client();
+    let body = br#"{"argv":["yes"],"exec_id":"e"}"#;
+    let path = format!("/v1/sandboxes/{SANDBOX}/execs?ack=client");
+    reader.send("POST", &path, &format!("Content-Length: {}\r\n", body.len()));
+    reader.reader.get_mut().write_all(body).unwrap();
+    assert_eq!(reader.head().0, 200);
+    reader.chunks_until(&[b'y'; 50_000]);
+    assert!(told.recv_timeout(Duration::from_millis(200)).is_err(), "the socket's progress was told");
+    let say = |exec: &str, stdout: u64| {
+        let body = json!({"stdout": stdout, "stderr": 0}).to_string();
+        door.request("POST", &format!("execs/{exec}/consumed"), body.as_bytes())
+    };
+    assert_eq!(say("e", 70_000).status, 204);
+    assert_eq!(told.recv_timeout(super::PATIENCE).unwrap(), (0, 70_000));
+    // It never goes back, and never beyond what was handed over.
+    assert_eq!(say("e", 60_000).status, 204);
+    assert_eq!(say("e", u64::MAX).status, 204);
+    assert_eq!(told.recv_timeout(super::PATIENCE).unwrap(), (0, 100_000));
+    go.send(()).unwrap();
+    reader.rest();
+    assert_eq!(say("e", 100_000).status, 204);
+    assert_eq!(told.recv_timeout(super::PATIENCE).unwrap(), (9, 100_000));
+    assert_eq!(say("f", 1).problem(), (404, "exec_not_found".to_owned()));
+    let wrong = door.request("GET", "execs/e/stream?ack=socket", b"");
+    assert_eq!(wrong.problem(), (400, "invalid_argument".to_owned()));
 }

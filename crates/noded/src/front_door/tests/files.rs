@@ -3,8 +3,8 @@
 use super::{SANDBOX, TestDoor};
 use serde_json::json;
 use shoal_wire::{
-    EOF, Failure, FileInfo, FileKind, FileList, FileListing, FileRead, FileRename, FileUnpack, FileWrite, Kind,
-    PathRequest, WINDOW, Window,
+    EOF, Failure, FileChange, FileInfo, FileKind, FileList, FileListing, FileRead, FileRename, FileUnpack, FileWatch,
+    FileWrite, Kind, PathRequest, WINDOW, Window,
 };
 use std::io::Write as _;
 use std::sync::mpsc;
@@ -85,6 +85,41 @@ fn a_file_that_grows_while_it_is_read_is_cut_at_its_promised_length() {
     });
     let answer = door.request("GET", "files/content?path=/a", b"");
     assert_eq!((answer.status, answer.whole, answer.body), (200, true, b"abc".to_vec()));
+}
+
+#[test]
+fn a_download_in_frames_says_why_it_broke_off() {
+    let door = TestDoor::start();
+    door.agent(|mut agent| {
+        for end in [Some(libc::EIO), None] {
+            let (channel, ..) = agent.expect(Kind::FilePack);
+            agent.send(Kind::Ok, 0, channel, b"");
+            agent.send(Kind::Data, 0, channel, b"tar");
+            agent.send(Kind::Data, 0, channel, &[b'x'; 100_000]);
+            match end {
+                Some(errno) => {
+                    agent.send(Kind::Error, 0, channel, &Failure { errno, what: b"a/b".to_vec() }.encode());
+                }
+                None => agent.send(Kind::Data, EOF, channel, b"s"),
+            }
+        }
+        let (channel, ..) = agent.expect(Kind::FileRead);
+        agent.send(Kind::Ok, 0, channel, &info("/a", 9).encode());
+        agent.send(Kind::Data, EOF, channel, b"short");
+        agent.idle();
+    });
+    let answer = door.request("GET", "files/archive?path=/a&framed=true", b"");
+    assert_eq!((answer.status, answer.whole), (200, true));
+    let frames = answer.frames();
+    let bytes = [&b"tar"[..], &[b'x'; 100_000]].concat();
+    assert_eq!((frames.len(), &frames[0], frames[1].0), (2, &(2, bytes.clone()), 0x7f));
+    let problem: serde_json::Value = serde_json::from_slice(&frames[1].1).unwrap();
+    assert_eq!((&problem["code"], &problem["details"]["errno"]), (&json!("path_error"), &json!(libc::EIO)));
+    let frames = door.request("GET", "files/archive?path=/a&framed=true", b"").frames();
+    assert_eq!(frames, [(2, [bytes, b"s".to_vec()].concat())]);
+    let frames = door.request("GET", "files/content?path=/a&framed=true", b"").frames();
+    let problem: serde_json::Value = serde_json::from_slice(&frames[1].1).unwrap();
+    assert_eq!((&frames[0], &problem["code"]), (&(2, b"short".to_vec()), &json!("conflict")));
 }
 
 #[test]
@@ -256,6 +291,9 @@ fn requests_that_make_no_sense_never_reach_the_agent() {
         ("PUT", "files/content?path=/a&mode=rw"),
         ("DELETE", "files?path=/a&recursive=maybe"),
         ("POST", "files/rename"),
+        ("POST", "files/attributes?path=/a"),
+        ("GET", "files/watch"),
+        ("GET", "files/watch?path=/a&recursive=maybe"),
     ] {
         assert_eq!(door.request(method, tail, b"").problem(), (400, "invalid_argument".to_owned()), "{method} {tail}");
     }
@@ -271,4 +309,39 @@ fn requests_that_make_no_sense_never_reach_the_agent() {
     let _ = client.reader.get_mut().flush();
     client.raw("0\r\n\r\n");
     assert_eq!(client.answer().problem(), (413, "invalid_argument".to_owned()));
+}
+
+#[test]
+fn attributes_and_watches_reach_the_agent() {
+    let door = TestDoor::start();
+    let (tell, told) = mpsc::channel();
+    door.agent(move |mut agent| {
+        let (channel, _, payload) = agent.expect(Kind::FileChange);
+        let request = FileChange::decode(&payload).unwrap();
+        assert_eq!(request, FileChange { path: b"/a".to_vec(), mode: 0o755, user: b"dev".to_vec() });
+        agent.send(Kind::Ok, 0, channel, &info("/a", 1).encode());
+        let (channel, _, payload) = agent.expect(Kind::FileChange);
+        assert_eq!(FileChange::decode(&payload).unwrap().mode, u32::MAX);
+        agent.send(Kind::Ok, 0, channel, &info("/a", 1).encode());
+        let (channel, ..) = agent.expect(Kind::FileWatch);
+        agent.send(Kind::Error, 0, channel, &Failure { errno: libc::ENOSPC, what: b"/a".to_vec() }.encode());
+        let (channel, _, payload) = agent.expect(Kind::FileWatch);
+        assert_eq!(FileWatch::decode(&payload).unwrap(), FileWatch { path: b"/a".to_vec(), recursive: false });
+        agent.send(Kind::Ok, 0, channel, b"");
+        agent.send(Kind::Data, 0, channel, b"{\"type\":\"ready\"}\n");
+        let (cancelled, ..) = agent.expect(Kind::Cancel);
+        tell.send(cancelled == channel).unwrap();
+        agent.idle();
+    });
+    assert_eq!(door.request("POST", "files/attributes?path=/a&mode=0755&user=dev", b"").status, 200);
+    assert_eq!(door.request("POST", "files/attributes?path=/a&user=dev", b"").status, 200);
+    let refused = door.request("GET", "files/watch?path=/a", b"");
+    assert_eq!(refused.problem(), (429, "resource_exhausted".to_owned()));
+    let mut client = door.client();
+    client.send("GET", &format!("/v1/sandboxes/{SANDBOX}/files/watch?path=/a&recursive=false"), "");
+    let (status, headers) = client.head();
+    assert_eq!((status, headers["content-type"].as_str()), (200, "application/x-ndjson"));
+    assert_eq!(client.chunk().unwrap(), b"{\"type\":\"ready\"}\n");
+    drop(client);
+    assert!(told.recv_timeout(super::PATIENCE).unwrap());
 }

@@ -2,8 +2,8 @@
 
 use super::TestDoor;
 use serde_json::Value;
-use shoal_wire::{DATA_CHUNK, EOF, Exited, Header, Kind, Started, WINDOW, Window};
-use std::io::Write as _;
+use shoal_wire::{DATA_CHUNK, EOF, Exited, Failure, Header, Kind, STDERR, Started, WINDOW, Window};
+use std::io::{Read as _, Write as _};
 use std::sync::mpsc::{self, TryRecvError};
 
 type Attack = fn(&mut super::AgentConn, u32);
@@ -92,6 +92,111 @@ fn cp_07_each_break_of_the_protocol_ends_this_sandbox_s_streams_as_lost() {
     }
     let answer = door.client().request("POST", "/v1/sandboxes/sb-good/execs", br#"{"argv":["x"]}"#);
     assert_eq!(answer.frames().len(), 2);
+}
+
+/// What an agent may try on the channel of a connection to a port.
+const ATTACKS_ON_PORTS: &[(&str, Attack)] = &[
+    ("started", |agent, channel| agent.started(channel, Started::default())),
+    ("exited", |agent, channel| agent.exited(channel, 0)),
+    ("ok twice", |agent, channel| agent.send(Kind::Ok, 0, channel, b"")),
+    ("more than the window", |agent, channel| {
+        // The client reads nothing; its socket takes a little.
+        for _ in 0..4 * WINDOW as usize / DATA_CHUNK {
+            agent.send(Kind::Data, 0, channel, &[b'x'; DATA_CHUNK]);
+        }
+    }),
+    ("data after the end", |agent, channel| {
+        agent.send(Kind::Data, EOF, channel, b"x");
+        agent.send(Kind::Data, 0, channel, b"x");
+    }),
+    ("the end twice", |agent, channel| {
+        agent.send(Kind::Data, EOF, channel, b"");
+        agent.send(Kind::Data, EOF, channel, b"");
+    }),
+    ("a frame after an error", |agent, channel| {
+        agent.send(Kind::Error, 0, channel, &Failure { errno: 104, what: vec![] }.encode());
+        agent.send(Kind::Data, 0, channel, b"x");
+    }),
+    ("empty data", |agent, channel| agent.send(Kind::Data, 0, channel, b"")),
+    ("data of a second stream", |agent, channel| agent.send(Kind::Data, STDERR, channel, b"x")),
+    ("consumed what was not sent", |agent, channel| {
+        agent.send(Kind::Window, 0, channel, &Window { consumed: 5 }.encode());
+    }),
+    ("consumed less than before", |agent, channel| {
+        agent.send(Kind::Window, 0, channel, &Window { consumed: 4 }.encode());
+        agent.send(Kind::Window, 0, channel, &Window { consumed: 3 }.encode());
+    }),
+];
+
+#[test]
+fn cp_07_each_break_of_a_port_s_rules_ends_this_sandbox_s_connections() {
+    let door = TestDoor::start();
+    let attacked: Vec<_> = ATTACKS_ON_PORTS
+        .iter()
+        .enumerate()
+        .map(|(i, (name, attack))| {
+            let sandbox = format!("sb-bad-{i}");
+            let (tell, hung_up) = mpsc::channel();
+            door.agent_as(&sandbox, move |mut agent| {
+                let (channel, ..) = agent.expect(Kind::PortConnect);
+                agent.send(Kind::Ok, 0, channel, b"");
+                // What the client sends: the connection stands.
+                agent.expect(Kind::Data);
+                attack(&mut agent, channel);
+                agent.idle();
+                tell.send(()).unwrap();
+            });
+            let mut client = door.client();
+            let headers = "Connection: Upgrade\r\nUpgrade: tcp\r\n";
+            client.send("POST", &format!("/v1/sandboxes/{sandbox}/ports/80/connect"), headers);
+            assert_eq!(client.head().0, 101, "{name}");
+            client.raw("four");
+            (name, sandbox, client, hung_up)
+        })
+        .collect();
+    for (name, sandbox, mut client, hung_up) in attacked {
+        hung_up.recv_timeout(super::PATIENCE).unwrap_or_else(|_| panic!("{name}: the door did not hang up"));
+        client.reader.read_to_end(&mut Vec::new()).unwrap();
+        super::eventually("the sandbox is lost", || {
+            let path = format!("/v1/sandboxes/{sandbox}/execs");
+            door.client().request("GET", &path, b"").problem().1 == "node_unavailable"
+        });
+    }
+}
+
+#[test]
+fn cp_07_late_words_on_a_port_that_is_over_are_no_break() {
+    let door = TestDoor::start();
+    door.agent(|mut agent| {
+        let (channel, ..) = agent.expect(Kind::PortConnect);
+        agent.send(Kind::Ok, 0, channel, b"");
+        agent.expect(Kind::Data);
+        let (_, flags, _) = agent.expect(Kind::Data);
+        assert_eq!(flags, EOF);
+        agent.send(Kind::Data, EOF, channel, b"");
+        agent.send(Kind::Window, 0, channel, &Window { consumed: 4 }.encode());
+        // Crosses with the end of the channel.
+        agent.send(Kind::Window, 0, channel, &Window { consumed: 4 }.encode());
+        agent.send(Kind::Error, 0, channel, &Failure { errno: 104, what: vec![] }.encode());
+        loop {
+            let Some((header, _)) = agent.receive() else { return };
+            if header.kind == Kind::ExecStart {
+                agent.started(header.channel, Started::default());
+                agent.exited(header.channel, 0);
+            }
+        }
+    });
+    let mut client = door.client();
+    client.send(
+        "POST",
+        &format!("/v1/sandboxes/{}/ports/80/connect", super::SANDBOX),
+        "Connection: Upgrade\r\nUpgrade: tcp\r\n",
+    );
+    assert_eq!(client.head().0, 101);
+    client.raw("four");
+    client.reader.get_mut().shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(client.reader.read_to_end(&mut Vec::new()).unwrap(), 0);
+    assert_eq!(door.request("POST", "execs", br#"{"argv":["x"]}"#).frames().len(), 2);
 }
 
 #[test]

@@ -15,8 +15,10 @@ mod exec;
 mod files;
 mod hostile;
 mod http;
+mod ports;
 mod proxy;
 mod real;
+mod real_ports;
 
 use super::{Config, run};
 use serde_json::{Value, json};
@@ -178,8 +180,9 @@ impl AgentConn {
     /// Takes an exec's start and says that it runs.
     pub fn start(&mut self) -> (u32, ExecStart) {
         let (channel, _, payload) = self.expect(Kind::ExecStart);
-        self.started(channel, Started { pid: 7, ..Started::default() });
-        (channel, ExecStart::decode(&payload).unwrap())
+        let start = ExecStart::decode(&payload).unwrap();
+        self.started(channel, Started { pid: 7, detached: start.detached, ..Started::default() });
+        (channel, start)
     }
 
     pub fn started(&mut self, channel: u32, started: Started) {
@@ -193,10 +196,15 @@ impl AgentConn {
 
     /// Sends `count` bytes of one stream, as fast as the window allows; returns the last offset.
     pub fn pump(&mut self, channel: u32, flags: u8, count: u64) -> u64 {
+        self.pump_within(shoal_wire::WINDOW, channel, flags, count)
+    }
+
+    /// As [`Self::pump`], with another window.
+    pub fn pump_within(&mut self, window: u64, channel: u32, flags: u8, count: u64) -> u64 {
         let chunk = vec![b'x'; shoal_wire::DATA_CHUNK];
         let (mut sent, mut consumed) = (0, 0);
         while sent < count {
-            let room = consumed + shoal_wire::WINDOW - sent;
+            let room = consumed + window - sent;
             let size = (chunk.len() as u64).min(count - sent).min(room);
             if size == 0 {
                 let (header, payload) = self.receive().expect("a window");

@@ -1,6 +1,6 @@
 //! The front door with the real guest agent, which runs as a plain process of this machine.
 
-use super::{SANDBOX, TestDoor, attach_request};
+use super::{Config, SANDBOX, TestDoor, attach_request};
 use serde_json::{Value, json};
 use std::io::{Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
@@ -35,22 +35,30 @@ fn agent_binary() -> &'static Path {
     })
 }
 
-struct Real {
-    door: TestDoor,
-    agent: Child,
+/// A front door and an agent.
+pub struct Real {
+    pub door: TestDoor,
+    pub agent: Child,
 }
 
 impl Real {
-    fn start() -> Self {
-        let door = TestDoor::start();
+    pub fn start() -> Self {
+        Self::with(|_| {})
+    }
+
+    pub fn with(change: impl FnOnce(&mut Config)) -> Self {
+        let door = TestDoor::with(change);
         let socket = door.dir.join("agent");
         let listener = UnixListener::bind(&socket).unwrap();
         let fd = listener.as_raw_fd();
         let mut command = Command::new(agent_binary());
-        command.args(["--listen", "9", "--generation", "3"]).current_dir("/").env_clear();
-        // SAFETY: dup2 is async-signal-safe, and the descriptor is open in the child.
+        command.args(["--listen", &fd.to_string(), "--generation", "3"]).current_dir("/").env_clear();
+        // SAFETY: fcntl is async-signal-safe, and the descriptor is open in the child.
         unsafe {
-            command.pre_exec(move || if libc::dup2(fd, 9) < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) });
+            command.pre_exec(move || match libc::fcntl(fd, libc::F_SETFD, 0) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            });
         }
         let agent = command.spawn().unwrap();
         drop(listener);
@@ -198,6 +206,25 @@ fn real_files_go_in_and_out() {
     assert_eq!(real.door.request("DELETE", &format!("files?path={copy}&recursive=true"), b"").status, 204);
     assert_eq!(real.door.request("GET", &format!("files/content?path={root}"), b"").problem().1, "path_error");
     assert!(real.door.request("GET", "files/content?path=/proc/self/status", b"").body.starts_with(b"Name:"));
+}
+
+#[test]
+fn real_changes_are_told() {
+    let real = Real::start();
+    let root = real.path("tree");
+    assert_eq!(real.door.request("POST", &format!("files/directory?path={root}"), b"").status, 200);
+    let mut watcher = real.door.client();
+    watcher.send("GET", &format!("/v1/sandboxes/{}/files/watch?path={root}", super::SANDBOX), "");
+    assert_eq!(watcher.head().0, 200);
+    watcher.chunks_until(b"{\"type\":\"ready\"}\n");
+    assert_eq!(real.door.request("PUT", &format!("files/content?path={root}/a/f&parents=true"), b"x").status, 200);
+    let line = format!("{{\"type\":\"create\",\"path\":\"{root}/a/f\",\"directory\":false}}\n");
+    watcher.chunks_until(line.as_bytes());
+    assert_eq!(
+        real.door.request("POST", &format!("files/attributes?path={root}/a/f&mode=0711"), b"").json()["mode"],
+        0o711
+    );
+    watcher.chunks_until(format!("{{\"type\":\"chmod\",\"path\":\"{root}/a/f\",\"directory\":false}}\n").as_bytes());
 }
 
 #[test]
