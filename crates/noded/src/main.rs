@@ -9,7 +9,7 @@ mod keeper;
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: shoal-noded serve --data-dir DIR --run-dir DIR --agent FILE --python FILE --pool FILE \
-    [--ready-fd N] [--idle-exit SECONDS]\n\nStarted by `shoal serve`, which prepares the directories and the pool.";
+    [--ready-fd N] [--idle-exit SECONDS] [--listen ADDRESS:PORT]\n\nStarted by `shoal serve`, which prepares the directories and the pool.";
 
 fn main() -> ExitCode {
     let mut words = std::env::args().skip(1);
@@ -29,7 +29,7 @@ fn main() -> ExitCode {
 fn options(mut words: impl Iterator<Item = String>) -> Result<keeper::Options, String> {
     let mut given = std::collections::HashMap::new();
     while let Some(word) = words.next() {
-        let known = ["data-dir", "run-dir", "agent", "python", "pool", "ready-fd", "idle-exit"];
+        let known = ["data-dir", "run-dir", "agent", "python", "pool", "ready-fd", "idle-exit", "listen"];
         let name =
             word.strip_prefix("--").filter(|name| known.contains(name)).ok_or(format!("unknown option {word}"))?;
         given.insert(name.to_owned(), words.next().ok_or(format!("{word} needs a value"))?);
@@ -37,6 +37,7 @@ fn options(mut words: impl Iterator<Item = String>) -> Result<keeper::Options, S
     let ready =
         given.remove("ready-fd").map(|text| text.parse().map_err(|_| "--ready-fd is not a number")).transpose()?;
     let idle_exit = given.remove("idle-exit");
+    let listen = given.remove("listen");
     let mut need = |name: &str| given.remove(name).ok_or(format!("--{name} is missing"));
     Ok(keeper::Options {
         data_dir: need("data-dir")?,
@@ -46,5 +47,6 @@ fn options(mut words: impl Iterator<Item = String>) -> Result<keeper::Options, S
         pool: need("pool")?,
         ready,
         idle_exit,
+        listen,
     })
 }

@@ -55,6 +55,11 @@ impl Ids {
         Err(Error::other("ids_exhausted", "all ranges of host ids are taken"))
     }
 
+    /// The blocks taken so far, each by its first range's number.
+    pub fn blocks(&self) -> Vec<u32> {
+        self.blocks.iter().map(|block| block * BLOCK).collect()
+    }
+
     /// Whether the range that begins with this host id is in a block of ours.
     pub fn has(&self, host_id: u32) -> bool {
         host_id.checked_sub(FIRST_ID).is_some_and(|offset| self.blocks.contains(&(offset / IDS_PER_SANDBOX / BLOCK)))
@@ -72,6 +77,7 @@ mod tests {
         let mut one = Ids::open(path).unwrap();
         let mut other = Ids::open(path).unwrap();
         assert_eq!((one.claim().unwrap(), other.claim().unwrap(), one.claim().unwrap()), (0, BLOCK, 2 * BLOCK));
+        assert_eq!(one.blocks(), [0, 2 * BLOCK]);
         assert!(one.has(FIRST_ID) && one.has(FIRST_ID + IDS_PER_SANDBOX * (BLOCK - 1)));
         assert!(!one.has(FIRST_ID + IDS_PER_SANDBOX * BLOCK) && !one.has(FIRST_ID - 1));
         drop(one);

@@ -1,7 +1,8 @@
 //! The privileged process: a closed list of operations, one thread, no byte of a client's.
 //!
 //! It owns every host resource of every sandbox: process, control groups, directories, socket, ids.
-//! One table says what there is; one function removes it, after an error as after a life.
+//! One table says what there is; one function removes it, after an error as after a life. The front
+//! door and the server may die: it starts them again, and the sandboxes do not notice.
 
 mod cgroup;
 mod error;
@@ -18,7 +19,7 @@ mod sys;
 mod unpack;
 mod userns;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -46,6 +47,8 @@ pub struct Options {
     pub ready: Option<RawFd>,
     /// Seconds of idleness after which the server leaves; passed on.
     pub idle_exit: Option<String>,
+    /// Loopback address and port on which clients are served besides the socket in `run_dir`.
+    pub listen: Option<String>,
 }
 
 /// Writes one structured line to stderr.
@@ -82,8 +85,11 @@ pub fn serve(options: &Options) -> ExitCode {
 struct Sandbox {
     pid: i32,
     pidfd: OwnedFd,
+    generation: u64,
     host_id: u32,
-    /// Requests that wait for its end; none: it was not asked to end.
+    /// It was asked to end, maybe by a server that is gone.
+    doomed: bool,
+    /// Requests that wait for its end.
     ending: Vec<u64>,
 }
 
@@ -117,6 +123,19 @@ enum Source {
     Unpacking(u64),
 }
 
+/// Recent deaths of one part of the node.
+#[derive(Default)]
+struct Deaths(VecDeque<Instant>);
+
+impl Deaths {
+    /// Counts one; true when starting that part once more would not help.
+    fn too_many(&mut self, now: Instant) -> bool {
+        self.0.retain(|then| now.duration_since(*then) < DEATHS_WINDOW);
+        self.0.push_back(now);
+        self.0.len() > MAX_DEATHS
+    }
+}
+
 /// How the node is ending.
 struct Stop {
     clean: bool,
@@ -133,9 +152,24 @@ struct Keeper {
     host_ids: HashSet<u32>,
     sources: HashMap<u64, Source>,
     next_token: u64,
+    /// The last sandboxes that ended by themselves, for a server that did not hear of it.
+    exited: VecDeque<Value>,
+    door_deaths: Deaths,
+    server_deaths: Deaths,
+    /// A server has come up in this node's life.
+    greeted: bool,
+    /// The server was told to leave, and the node ends with it.
+    leaving: bool,
     stop: Option<Stop>,
 }
 
+/// Deaths of one part within [`DEATHS_WINDOW`] that the node lives through.
+const MAX_DEATHS: usize = 5;
+const DEATHS_WINDOW: Duration = Duration::from_mins(1);
+/// Ends that are remembered.
+const MAX_EXITED: usize = 1024;
+/// Sandboxes on a page of the list: with all ends that are remembered it fits into a packet.
+const LIST_PAGE: usize = 256;
 /// Longest that ending everything may take.
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
 /// Longest that removing what a sandbox left may take before its owner is told of the failure.
@@ -154,6 +188,11 @@ impl Keeper {
             host_ids: HashSet::new(),
             sources: HashMap::new(),
             next_token: 0,
+            exited: VecDeque::new(),
+            door_deaths: Deaths::default(),
+            server_deaths: Deaths::default(),
+            greeted: false,
+            leaving: false,
             stop: None,
         }
     }
@@ -226,21 +265,14 @@ impl Keeper {
             Source::Server => self.requests(token),
             Source::Signals => self.signalled(),
             Source::DoorProcess => {
+                self.node.epoll.remove(self.node.door.pidfd.as_raw_fd());
                 self.sources.remove(&token);
-                if self.stop.is_none() {
-                    log("door_died", &json!({ "status": sys::reap(self.node.door.pid) }));
-                    self.begin_stop(false);
-                }
+                self.door_ended();
             }
             Source::ServerProcess => {
                 self.node.epoll.remove(self.node.server.pidfd.as_raw_fd());
                 self.sources.remove(&token);
-                let status = sys::reap(self.node.server.pid).unwrap_or(-1);
-                log("server_exited", &json!({ "status": status }));
-                if let Some(ready) = self.ready.take() {
-                    ready.failed(&Error::other("internal", "the server ended before it was ready; see its log"));
-                }
-                self.begin_stop(status == 0);
+                self.server_ended();
             }
             Source::Sandbox(id) => {
                 self.sources.remove(&token);
@@ -250,11 +282,70 @@ impl Keeper {
         }
     }
 
+    /// Puts a new front door in the place of one that died; the server tells it which sandboxes there are.
+    fn door_ended(&mut self) {
+        log("door_died", &json!({ "status": sys::reap(self.node.door.pid) }));
+        if self.stop.is_some() {
+            return;
+        }
+        if !self.greeted || self.door_deaths.too_many(Instant::now()) {
+            self.begin_stop(false);
+            return;
+        }
+        let started = self.node.starter.door().and_then(|door| {
+            self.node.door = door;
+            self.watch(self.node.door.pidfd.as_raw_fd(), Source::DoorProcess)
+        });
+        if let Err(error) = started {
+            log("door_not_started", &json!({ "error": error }));
+            self.begin_stop(false);
+        }
+    }
+
+    /// Puts a new server in the place of one that died; one that left takes the node along.
+    fn server_ended(&mut self) {
+        let status = sys::reap(self.node.server.pid).unwrap_or(-1);
+        log("server_exited", &json!({ "status": status }));
+        if let Some(ready) = self.ready.take() {
+            ready.failed(&Error::other("internal", "the server ended before it was ready; see its log"));
+        }
+        let ends = status == 0 || self.leaving || !self.greeted;
+        if ends || self.stop.is_some() || self.server_deaths.too_many(Instant::now()) {
+            self.begin_stop(status == 0);
+            return;
+        }
+        if let Err(error) = self.replace_server() {
+            log("server_not_started", &json!({ "error": error }));
+            self.begin_stop(false);
+        }
+    }
+
+    /// Starts a server that owes nothing to the one before: nothing that it asked for is answered to this one.
+    fn replace_server(&mut self) -> Result<()> {
+        for request in self.unpacking.keys().copied().collect::<Vec<u64>>() {
+            self.finish_unpacking(request, Some(Error::other("stopping", "its server is gone")));
+        }
+        self.node.pool.discard_uncommitted()?;
+        for sandbox in self.sandboxes.values_mut() {
+            sandbox.ending.clear();
+        }
+        for one in &mut self.remains {
+            one.answers.clear();
+        }
+        self.node.epoll.remove(self.node.server_end.as_raw_fd());
+        self.sources.retain(|_, source| *source != Source::Server);
+        (self.node.server, self.node.server_end) = setup::start_server(&self.node.starter)?;
+        self.channel = Channel::new(self.node.server_end.try_clone());
+        self.watch(self.node.server_end.as_raw_fd(), Source::Server)?;
+        self.watch(self.node.server.pidfd.as_raw_fd(), Source::ServerProcess)
+    }
+
     fn signalled(&mut self) {
         for signal in self.node.take_signals() {
             if signal == libc::SIGTERM || signal == libc::SIGINT {
                 // The server records why its sandboxes ended, then leaves, and that ends the node.
                 log("stopping", &json!({ "signal": signal }));
+                self.leaving = true;
                 let _ = sys::pidfd_kill(self.node.server.pidfd.as_fd(), libc::SIGTERM);
             }
         }
@@ -300,8 +391,7 @@ impl Keeper {
             },
             Operation::Hello => self.hello(),
             Operation::ClaimIds => self.node.ids.claim().map(|first| json!({ "first": first, "count": ids::BLOCK })),
-            Operation::List => Ok(json!({ "sandboxes": self.sandboxes.iter()
-                .map(|(id, one)| json!({ "sandbox": id, "pid": one.pid })).collect::<Vec<_>>() })),
+            Operation::List { after } => Ok(self.list(&after)),
             Operation::LayerCommit { layer, diff_id } => spec::check_layer_name(&layer)
                 .and_then(|()| spec::check_diff_id(&diff_id))
                 .and_then(|()| self.node.pool.commit_layer(&layer, &diff_id))
@@ -317,7 +407,21 @@ impl Keeper {
         self.channel.answer(id, answer);
     }
 
+    fn list(&self, after: &str) -> Value {
+        let mut ids: Vec<&String> = self.sandboxes.keys().filter(|id| id.as_str() > after).collect();
+        ids.sort_unstable();
+        let page = ids.iter().take(LIST_PAGE).filter_map(|id| self.sandboxes.get_key_value(*id));
+        let page = page.map(
+            |(id, one)| json!({ "sandbox": id, "pid": one.pid, "generation": one.generation, "socket": socket_of(id) }),
+        );
+        // With the last page, so that what ended between two pages is missing from neither list.
+        let more = ids.len() > LIST_PAGE;
+        let exited = if more { json!([]) } else { json!(self.exited) };
+        json!({ "sandboxes": page.collect::<Vec<_>>(), "more": more, "exited": exited })
+    }
+
     fn hello(&mut self) -> Result<Value> {
+        self.greeted = true;
         if let Some(ready) = self.ready.take() {
             ready.ok(&self.node.run_dir);
         }
@@ -328,6 +432,9 @@ impl Keeper {
             "kernel": setup::kernel_release(),
             "cgroup": if self.node.cgroups.version == cgroup::Version::V1 { "v1" } else { "v2" },
             "pool": { "total_bytes": total, "free_bytes": free },
+            "listen": self.node.listen,
+            "id_blocks": self.node.ids.blocks(),
+            "ids_per_block": ids::BLOCK,
             "walls": {
                 "runtime": "native",
                 "seccomp": "standard",
@@ -335,7 +442,7 @@ impl Keeper {
                 "seccomp_conditional": filter.conditional,
                 "seccomp_denied": filter.denied,
                 "capabilities": 11,
-                "server_landlock": self.node.landlock,
+                "server_landlock": self.node.starter.has_landlock(),
             },
         }))
     }
@@ -368,9 +475,10 @@ impl Keeper {
         match watched {
             Ok(spawned) => {
                 let pid = spawned.pid;
-                let sandbox = Sandbox { pid, pidfd: spawned.pidfd, host_id, ending: Vec::new() };
+                let pidfd = spawned.pidfd;
+                let sandbox = Sandbox { pid, pidfd, generation, host_id, doomed: false, ending: Vec::new() };
                 self.sandboxes.insert(id.to_owned(), sandbox);
-                Ok(json!({ "pid": pid, "socket": format!("/agents/{id}.sock") }))
+                Ok(json!({ "pid": pid, "socket": socket_of(id) }))
             }
             Err(error) => {
                 self.leave_remains(id.to_owned(), host_id, Vec::new(), None);
@@ -389,6 +497,7 @@ impl Keeper {
         let Some(sandbox) = self.sandboxes.get_mut(id) else { return Ok(true) };
         // The kernel ends every process of the pid namespace with its first one.
         sys::pidfd_kill(sandbox.pidfd.as_fd(), libc::SIGKILL)?;
+        sandbox.doomed = true;
         sandbox.ending.push(request);
         Ok(false)
     }
@@ -397,8 +506,12 @@ impl Keeper {
         let Some(sandbox) = self.sandboxes.remove(id) else { return };
         self.node.epoll.remove(sandbox.pidfd.as_raw_fd());
         let status = sys::reap(sandbox.pid).unwrap_or(-1);
-        let event = sandbox.ending.is_empty().then(|| {
+        let event = (!sandbox.doomed).then(|| {
             let oom_kills = self.node.cgroups.oom_kills(id);
+            if self.exited.len() == MAX_EXITED {
+                self.exited.pop_front();
+            }
+            self.exited.push_back(json!({ "sandbox": id, "oom_kills": oom_kills, "status": status }));
             json!({ "event": "sandbox_exited", "sandbox": id, "oom_kills": oom_kills, "status": status })
         });
         self.leave_remains(id.to_owned(), sandbox.host_id, sandbox.ending, event);
@@ -532,6 +645,11 @@ impl Keeper {
     }
 }
 
+/// Where a sandbox's guest agent listens, as the front door sees it.
+fn socket_of(id: &str) -> String {
+    format!("/agents/{id}.sock")
+}
+
 /// Ends a child: politely, then surely.
 fn end(child: &Child) {
     let _ = sys::pidfd_kill(child.pidfd.as_fd(), libc::SIGTERM);
@@ -547,5 +665,20 @@ fn end(child: &Child) {
             return;
         }
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_that_dies_again_and_again_is_given_up_and_one_that_dies_now_and_then_is_not() {
+        let start = Instant::now();
+        let mut deaths = Deaths::default();
+        assert!((0..20).all(|number| !deaths.too_many(start + DEATHS_WINDOW * number / 5)));
+        let mut deaths = Deaths::default();
+        let quick: Vec<bool> = (0..6).map(|second| deaths.too_many(start + Duration::from_secs(second))).collect();
+        assert_eq!(quick, [false, false, false, false, false, true]);
     }
 }

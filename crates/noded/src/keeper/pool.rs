@@ -52,11 +52,7 @@ impl Pool {
         for name in names(pool.sandboxes.as_fd())? {
             drop_subvolume(pool.sandboxes.as_fd(), &name)?;
         }
-        for name in names(pool.layers.as_fd())? {
-            if name.starts_with(UNCOMMITTED) {
-                drop_subvolume(pool.layers.as_fd(), &name)?;
-            }
-        }
+        pool.discard_uncommitted()?;
         Ok(pool)
     }
 
@@ -97,6 +93,16 @@ impl Pool {
     /// Drops a layer that was not committed; none is no error.
     pub fn discard_layer(&self, name: &str) -> Result<()> {
         drop_subvolume(self.layers.as_fd(), &format!("{UNCOMMITTED}{name}"))
+    }
+
+    /// Drops all layers that were not committed: whoever unpacked them is gone.
+    pub fn discard_uncommitted(&self) -> Result<()> {
+        for name in names(self.layers.as_fd())? {
+            if name.starts_with(UNCOMMITTED) {
+                drop_subvolume(self.layers.as_fd(), &name)?;
+            }
+        }
+        Ok(())
     }
 
     /// Gives a layer its final name; true when it was there already, and then the new one is dropped.

@@ -18,30 +18,111 @@ pub struct Child {
     pub pidfd: OwnedFd,
 }
 
-/// What the front door gets.
-pub struct DoorFds {
-    /// Listener for clients.
-    pub public: OwnedFd,
-    /// Listener for the server.
-    pub control: OwnedFd,
+/// What the front door and the server are started with, at first and whenever one of them has died.
+///
+/// All of it is at hand without the host's file system, which the keeper has left by then.
+pub struct Starter {
+    /// The host's mount namespace, in which both of them live.
+    host_mounts: OwnedFd,
+    /// Directory of the sockets, as the host has it.
+    pub run: OwnedFd,
+    listeners: Listeners,
+    argv: Vec<CString>,
+    /// Without the descriptors' numbers.
+    environment: Vec<CString>,
+    ruleset: Option<OwnedFd>,
 }
 
-/// Starts the front door: another user, no capability, an empty network, and `run_dir` as its whole file system.
-pub fn start_door(fds: DoorFds, host_mounts: BorrowedFd<'_>, run_dir: BorrowedFd<'_>) -> Result<Child> {
-    // SAFETY: the child ends in `_exit`.
-    let Some((pid, pidfd)) = (unsafe { sys::fork(0) })? else {
-        let kept = [fds.public.as_raw_fd(), fds.control.as_raw_fd()];
-        match confine_door(host_mounts, run_dir, &kept) {
-            Ok(()) => {
-                // It returns only when it cannot serve, and has said why.
-                front_door::run(front_door::Config::new(vec![fds.public], fds.control, "/server.sock".into()));
-            }
-            Err(error) => super::log("front_door_failed", &serde_json::json!({ "error": error })),
+/// Listening sockets. The keeper keeps them, so that nobody who knocks meanwhile finds a door gone.
+pub struct Listeners {
+    /// For clients, unix and TCP; the front door's.
+    pub public: Vec<OwnedFd>,
+    /// For the server; the front door's.
+    pub control: OwnedFd,
+    /// For what the front door passes on; the server's.
+    pub server: OwnedFd,
+}
+
+impl Starter {
+    /// Prepares both; call it where `options.data_dir` can be reached.
+    pub fn new(options: &Options, host_mounts: OwnedFd, run: OwnedFd, listeners: Listeners) -> Result<Self> {
+        let mut words = vec![
+            options.python.clone(),
+            "-m".to_owned(),
+            "shoal.node".to_owned(),
+            "--data-dir".to_owned(),
+            options.data_dir.clone(),
+            "--run-dir".to_owned(),
+            options.run_dir.clone(),
+        ];
+        if let Some(idle) = &options.idle_exit {
+            words.extend(["--idle-exit".to_owned(), idle.clone()]);
         }
-        // SAFETY: ends this copy of the keeper without touching what it owns.
-        unsafe { libc::_exit(1) }
-    };
-    Ok(Child { pid, pidfd })
+        let ours =
+            |name: &str| name.starts_with("SHOAL_KEEPER") || name.starts_with("SHOAL_SERVER") || name == "TMPDIR";
+        let mut variables: Vec<String> =
+            std::env::vars().filter(|(name, _)| !ours(name)).map(|(name, value)| format!("{name}={value}")).collect();
+        variables.push(format!("TMPDIR={}/tmp", options.data_dir));
+        let data_dir = sys::c_string(options.data_dir.as_str())?;
+        Ok(Self {
+            host_mounts,
+            run,
+            listeners,
+            argv: words.into_iter().map(sys::c_string).collect::<Result<_>>()?,
+            environment: variables.into_iter().map(sys::c_string).collect::<Result<_>>()?,
+            ruleset: landlock::write_only_below(&[&data_dir, c"/dev/null"])?,
+        })
+    }
+
+    /// Whether the kernel keeps the server from writing elsewhere.
+    pub fn has_landlock(&self) -> bool {
+        self.ruleset.is_some()
+    }
+
+    /// Starts a front door: another user, no capability, an empty network, and `run` as its whole file system.
+    pub fn door(&self) -> Result<Child> {
+        // SAFETY: the child ends in `_exit`.
+        let Some((pid, pidfd)) = (unsafe { sys::fork(0) })? else {
+            match self.confined_door() {
+                Ok(config) => {
+                    // It returns only when it cannot serve, and has said why.
+                    front_door::run(config);
+                }
+                Err(error) => super::log("front_door_failed", &serde_json::json!({ "error": error })),
+            }
+            // SAFETY: ends this copy of the keeper without touching what it owns.
+            unsafe { libc::_exit(1) }
+        };
+        Ok(Child { pid, pidfd })
+    }
+
+    /// In the child: gives up all that a front door does not need.
+    fn confined_door(&self) -> Result<front_door::Config> {
+        let copy = |fd: &OwnedFd| fd.try_clone().map_err(|error| Error::io("dup", "listener", &error));
+        let public = self.listeners.public.iter().map(copy).collect::<Result<Vec<OwnedFd>>>()?;
+        let control = copy(&self.listeners.control)?;
+        let kept: Vec<RawFd> = public.iter().chain([&control]).map(AsRawFd::as_raw_fd).collect();
+        confine_door(self.host_mounts.as_fd(), self.run.as_fd(), &kept)?;
+        Ok(front_door::Config::new(public, control, "/server.sock".into()))
+    }
+
+    /// Starts a server at the other end of `keeper`: root's name without any of its rights, and no writing outside
+    /// the data directory.
+    pub fn server(&self, keeper: BorrowedFd<'_>) -> Result<Child> {
+        let listener = self.listeners.server.as_fd();
+        let mut environment = self.environment.clone();
+        environment.push(sys::c_string(format!("SHOAL_KEEPER_FD={}", keeper.as_raw_fd()))?);
+        environment.push(sys::c_string(format!("SHOAL_SERVER_FD={}", listener.as_raw_fd()))?);
+        // SAFETY: the child ends in exec or `_exit`.
+        let Some((pid, pidfd)) = (unsafe { sys::fork(0) })? else {
+            let host_mounts = self.host_mounts.as_fd();
+            let failed = exec_server(&self.argv, &environment, keeper, listener, host_mounts, self.ruleset.as_ref());
+            super::log("server_failed", &serde_json::json!({ "error": failed }));
+            // SAFETY: as above.
+            unsafe { libc::_exit(127) }
+        };
+        Ok(Child { pid, pidfd })
+    }
 }
 
 fn confine_door(host_mounts: BorrowedFd<'_>, run_dir: BorrowedFd<'_>, kept: &[RawFd]) -> Result<()> {
@@ -62,46 +143,6 @@ fn confine_door(host_mounts: BorrowedFd<'_>, run_dir: BorrowedFd<'_>, kept: &[Ra
         // A change of user clears it, so last.
         check("pdeathsig", libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0))
     }
-}
-
-/// Starts the server: root's name without any of its rights, and no writing outside `data_dir`.
-pub fn start_server(
-    options: &Options,
-    keeper: BorrowedFd<'_>,
-    listener: BorrowedFd<'_>,
-    host_mounts: BorrowedFd<'_>,
-) -> Result<Child> {
-    let mut words = vec![
-        options.python.clone(),
-        "-m".to_owned(),
-        "shoal.node".to_owned(),
-        "--data-dir".to_owned(),
-        options.data_dir.clone(),
-        "--run-dir".to_owned(),
-        options.run_dir.clone(),
-    ];
-    if let Some(idle) = &options.idle_exit {
-        words.extend(["--idle-exit".to_owned(), idle.clone()]);
-    }
-    let argv = words.into_iter().map(sys::c_string).collect::<Result<Vec<CString>>>()?;
-    let mut variables: Vec<String> = std::env::vars()
-        .filter(|(name, _)| !name.starts_with("SHOAL_KEEPER") && !name.starts_with("SHOAL_SERVER") && name != "TMPDIR")
-        .map(|(name, value)| format!("{name}={value}"))
-        .collect();
-    variables.push(format!("SHOAL_KEEPER_FD={}", keeper.as_raw_fd()));
-    variables.push(format!("SHOAL_SERVER_FD={}", listener.as_raw_fd()));
-    variables.push(format!("TMPDIR={}/tmp", options.data_dir));
-    let environment = variables.into_iter().map(sys::c_string).collect::<Result<Vec<CString>>>()?;
-    let data_dir = sys::c_string(options.data_dir.as_str())?;
-    let ruleset = landlock::write_only_below(&[&data_dir, c"/dev/null"])?;
-    // SAFETY: the child ends in exec or `_exit`.
-    let Some((pid, pidfd)) = (unsafe { sys::fork(0) })? else {
-        let failed = exec_server(&argv, &environment, keeper, listener, host_mounts, ruleset.as_ref());
-        super::log("server_failed", &serde_json::json!({ "error": failed }));
-        // SAFETY: as above.
-        unsafe { libc::_exit(127) }
-    };
-    Ok(Child { pid, pidfd })
 }
 
 fn exec_server(

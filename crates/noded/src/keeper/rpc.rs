@@ -155,6 +155,8 @@ impl Ready {
             ("host_unsupported", 501)
         } else if error.code == "conflict" {
             ("conflict", 409)
+        } else if error.code == "invalid_request" {
+            ("invalid_argument", 400)
         } else {
             ("node_unavailable", 503)
         };

@@ -1,5 +1,6 @@
 //! What the keeper does once: everything that needs the host's file system, before it leaves it.
 
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::os::unix::net::UnixListener;
@@ -8,12 +9,12 @@ use super::cgroup::{self, Cgroups};
 use super::error::{Error, Result};
 use super::ids::Ids;
 use super::pool::Pool;
-use super::processes::{self, Child, DoorFds};
+use super::processes::{self, Child, Listeners, Starter};
 use super::rpc::Epoll;
 use super::runtimes::native::{self, Native};
 use super::spec::{DOOR_ID, IdMapping, LayerUnpack, UNPACK_ID};
 use super::sys::{self, FsContext};
-use super::{Options, landlock, log, unpack, userns};
+use super::{Options, log, unpack, userns};
 
 /// A node that is up.
 pub struct Node {
@@ -27,8 +28,9 @@ pub struct Node {
     pub native: Native,
     pub ids: Ids,
     pub run_dir: String,
-    pub landlock: bool,
-    run: OwnedFd,
+    /// Where the front door listens on TCP.
+    pub listen: Option<SocketAddr>,
+    pub starter: Starter,
     /// Held for as long as the keeper lives: one node a run directory, and one a data directory.
     _locks: [OwnedFd; 2],
     _favor: Option<OwnedFd>,
@@ -80,22 +82,19 @@ pub fn node(options: &Options) -> Result<Node> {
         log("favordynmods_unavailable", &serde_json::json!({ "error": error }));
     }
     let pool_mount = Pool::open(&options.pool).map_err(|error| error.at("pool"))?;
-    let landlock = landlock::write_only_below(&[c"/dev/null"])?.is_some();
-
     for name in SOCKETS {
         remove_socket(&options.run_dir, name)?;
     }
     let agents = agents_dir(&options.run_dir)?;
-    let public = listen(&options.run_dir, "shoal.sock", None)?;
+    let mut public = vec![listen(&options.run_dir, "shoal.sock", None)?];
+    let tcp = options.listen.as_deref().map(listen_tcp).transpose().map_err(|error| error.at("listen"))?;
+    let listen_at = tcp.as_ref().map(|(_, address)| *address);
+    public.extend(tcp.map(|(listener, _)| listener));
     let control = listen(&options.run_dir, "door.sock", None)?;
-    let server_listener = listen(&options.run_dir, "server.sock", Some(DOOR_ID))?;
-    let (server_end, keeper_end) = seqpacket()?;
-
-    let door = processes::start_door(DoorFds { public, control }, host_mounts.as_fd(), run.as_fd())
-        .map_err(|error| error.at("front_door"))?;
-    let server = processes::start_server(options, keeper_end.as_fd(), server_listener.as_fd(), host_mounts.as_fd())
-        .map_err(|error| error.at("server"))?;
-    drop((keeper_end, server_listener));
+    let server = listen(&options.run_dir, "server.sock", Some(DOOR_ID))?;
+    let starter = Starter::new(options, host_mounts, run, Listeners { public, control, server })?;
+    let door = starter.door().map_err(|error| error.at("front_door"))?;
+    let (server, server_end) = start_server(&starter).map_err(|error| error.at("server"))?;
 
     small_root(&options.run_dir, &pool_mount).map_err(|error| error.at("root"))?;
     let pool = Pool::take("/pool").map_err(|error| error.at("pool"))?;
@@ -112,8 +111,8 @@ pub fn node(options: &Options) -> Result<Node> {
         native,
         ids,
         run_dir: options.run_dir.clone(),
-        landlock,
-        run,
+        listen: listen_at,
+        starter,
         _locks: [run_lock, data_lock],
         _favor: favor.ok(),
     })
@@ -155,10 +154,16 @@ impl Node {
         for name in SOCKETS {
             if let Ok(c_name) = sys::c_string(name) {
                 // SAFETY: the name ends in NUL. One that is gone already is what we want.
-                unsafe { libc::unlinkat(self.run.as_raw_fd(), c_name.as_ptr(), 0) };
+                unsafe { libc::unlinkat(self.starter.run.as_raw_fd(), c_name.as_ptr(), 0) };
             }
         }
     }
+}
+
+/// Starts a server; the keeper's end of a fresh conversation with it.
+pub fn start_server(starter: &Starter) -> Result<(Child, OwnedFd)> {
+    let (keeper_end, server_end) = seqpacket()?;
+    Ok((starter.server(server_end.as_fd())?, keeper_end))
 }
 
 /// Release of the running kernel.
@@ -313,6 +318,25 @@ fn listen(run_dir: &str, name: &str, owner: Option<u32>) -> Result<OwnedFd> {
         chown(&path, Some(owner), Some(owner)).map_err(|error| Error::io("chown", &path, &error))?;
     }
     Ok(listener)
+}
+
+/// Listens on TCP, on an address that only this machine reaches; port 0 is any free one.
+fn listen_tcp(place: &str) -> Result<(OwnedFd, SocketAddr)> {
+    let wanted = place
+        .parse::<SocketAddr>()
+        .ok()
+        .filter(|address| address.ip().is_loopback())
+        .ok_or_else(|| Error::invalid(format!("--listen takes a loopback address and a port, not {place:?}")))?;
+    let listener = TcpListener::bind(wanted).map_err(|error| match error.kind() {
+        std::io::ErrorKind::AddrInUse => Error::other("conflict", format!("another program listens on {wanted}")),
+        _ => Error::io("bind", place, &error),
+    })?;
+    let address = listener.local_addr().map_err(|error| Error::io("getsockname", place, &error))?;
+    // SAFETY: an open socket; a longer queue for bursts of connections.
+    if unsafe { libc::listen(listener.as_raw_fd(), 4096) } < 0 {
+        return Err(Error::last("listen", place));
+    }
+    Ok((listener.into(), address))
 }
 
 fn seqpacket() -> Result<(OwnedFd, OwnedFd)> {

@@ -36,8 +36,12 @@ pub enum Operation {
     },
     /// Takes a block of host id ranges that no other node on this machine has.
     ClaimIds,
-    /// Lists the sandboxes that are up.
-    List,
+    /// Lists the sandboxes that are up, a page at a time, by id; and with the last page what ended by itself lately.
+    List {
+        /// Last id of the page before.
+        #[serde(default)]
+        after: String,
+    },
     /// Unpacks the layer behind the descriptor that came along.
     LayerUnpack(LayerUnpack),
     /// Gives an unpacked layer its final name.
