@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from shoal.errors import ShoalError
     from shoal.sdk import (
         AsyncFiles,
+        AsyncFileWatch,
+        AsyncForward,
         AsyncNode,
         AsyncProcess,
         AsyncSandbox,
         AsyncStreamReader,
         AsyncStreamWriter,
         Files,
+        FileWatch,
+        Forward,
         Node,
         Process,
         Sandbox,
@@ -33,11 +37,13 @@ if TYPE_CHECKING:
     )
     from shoal.types import (
         ExecResult,
+        FileEvent,
         FileInfo,
         ImageInfo,
         NodeInfo,
         Outcome,
         PtySize,
+        Ready,
         Reason,
         SandboxInfo,
         SandboxSpec,
@@ -46,21 +52,27 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AsyncFileWatch",
     "AsyncFiles",
+    "AsyncForward",
     "AsyncNode",
     "AsyncProcess",
     "AsyncSandbox",
     "AsyncStreamReader",
     "AsyncStreamWriter",
     "ExecResult",
+    "FileEvent",
     "FileInfo",
+    "FileWatch",
     "Files",
+    "Forward",
     "ImageInfo",
     "Node",
     "NodeInfo",
     "Outcome",
     "Process",
     "PtySize",
+    "Ready",
     "Reason",
     "Sandbox",
     "SandboxInfo",
@@ -77,11 +89,12 @@ __all__ = [
 
 _ROOMS = {
     "shoal.sdk": (
-        "AsyncFiles AsyncNode AsyncProcess AsyncSandbox AsyncStreamReader AsyncStreamWriter "
-        "Files Node Process Sandbox StreamReader StreamWriter"
+        "AsyncFiles AsyncFileWatch AsyncForward AsyncNode AsyncProcess AsyncSandbox AsyncStreamReader "
+        "AsyncStreamWriter Files FileWatch Forward Node Process Sandbox StreamReader StreamWriter"
     ),
     "shoal.types": (
-        "ExecResult FileInfo ImageInfo NodeInfo Outcome PtySize Reason SandboxInfo SandboxSpec Status Usage"
+        "ExecResult FileEvent FileInfo ImageInfo NodeInfo Outcome PtySize Ready Reason SandboxInfo SandboxSpec "
+        "Status Usage"
     ),
     "shoal.errors": "ShoalError",
 }

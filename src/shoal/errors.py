@@ -3,6 +3,7 @@
     ShoalError
     ├── InvalidArgumentError        the caller asked for something that makes no sense
     ├── AuthenticationError         no token, or a wrong one
+    ├── ForbiddenError              whoever asks may not have it
     ├── NotFoundError
     │   ├── SandboxNotFoundError    never existed, or is not yours
     │   ├── ImageNotFoundError
@@ -11,13 +12,14 @@
     ├── SandboxGoneError            it existed and ended; `reason` tells how
     ├── ConflictError               the state of things forbids it now
     ├── PathError                   a path is there, but not what the call needs
+    ├── PortUnreachableError        nothing listens on a port of the sandbox
     ├── ResourceExhaustedError      it does not fit now
     ├── ImageError                  an archive or layer cannot be used
     │   └── DigestMismatchError
     ├── HostUnsupportedError        this machine lacks something Shoal needs
     ├── NodeUnavailableError        no node answers                            (infra)
-    ├── StartFailedError            the sandbox could not be brought up        (infra)
-    │   └── StartTimeoutError       its guest agent stayed silent              (infra)
+    ├── StartFailedError            the sandbox could not be brought up        (infra, or its main command)
+    │   └── StartTimeoutError       it was not up, or not ready, in time       (infra, or its main command)
     ├── SandboxLostError            it ended through no fault of its own       (infra)
     ├── DeadlineExceededError       the caller's deadline passed
     ├── ExecFailedError             `check=True` and the command failed
@@ -44,7 +46,7 @@ class ShoalError(Exception):
 
     code: ClassVar[str] = "error"
     status: ClassVar[int] = 500
-    is_infra: ClassVar[bool] = False
+    is_infra: bool = False
 
     def __init__(self, message: str, *, hint: str = "", **details: Any) -> None:
         super().__init__(message)
@@ -83,6 +85,13 @@ class AuthenticationError(ShoalError):
 
     code = "unauthenticated"
     status = 401
+
+
+class ForbiddenError(ShoalError):
+    """Who asks is known, or does not matter: this may not be had from where they are, such as a page elsewhere."""
+
+    code = "forbidden"
+    status = 403
 
 
 class NotFoundError(ShoalError):
@@ -143,6 +152,13 @@ class PathError(ShoalError):
     status = 422
 
 
+class PortUnreachableError(ShoalError):
+    """Nothing listens on this port of the sandbox, on its loopback."""
+
+    code = "port_unreachable"
+    status = 502
+
+
 class ResourceExhaustedError(ShoalError):
     """No memory, CPU, disk or other resource is left for it; nothing was reserved."""
 
@@ -181,7 +197,9 @@ class NodeUnavailableError(ShoalError):
 class StartFailedError(ShoalError):
     """The sandbox could not be brought up; whatever it had acquired was given back.
 
-    `details` has `stage`, `call` and `errno` where a system call failed.
+    `details` has `stage`, `call` and `errno` where a system call failed. With stage `main` its main command did not
+    start (`errno` and `exec_stage`, as an exec's) or ended before it was ready (`outcome`, `exit_code`, `signal`, and
+    `stdout_tail` and `stderr_tail`, the last that it printed); then `is_infra` is False.
     """
 
     code = "start_failed"
@@ -190,7 +208,11 @@ class StartFailedError(ShoalError):
 
 
 class StartTimeoutError(StartFailedError):
-    """The sandbox's guest agent stayed silent for too long; whatever it had acquired was given back."""
+    """The sandbox's guest agent stayed silent for too long; whatever it had acquired was given back.
+
+    So too when the guest agent did answer and what `SandboxSpec.ready` asks for did not come true in time; then
+    `is_infra` is False.
+    """
 
     code = "start_timeout"
     status = 504
@@ -247,4 +269,6 @@ def from_problem(problem: dict[str, Any]) -> ShoalError:
     details = problem.get("details")
     error = kind(message, hint=str(problem.get("hint", "")))
     error.details = dict(details) if isinstance(details, dict) else {}
+    if isinstance(infra := problem.get("is_infra"), bool):
+        error.is_infra = infra  # one start that failed is not like another
     return error

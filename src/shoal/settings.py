@@ -6,9 +6,10 @@ an environment variable, `SHOAL_` and the field's name in capitals, and an optio
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -28,6 +29,17 @@ class Settings(BaseSettings):
     """Directory of what survives a restart: state, images, the disk pool. Only its owner may enter it."""
     run_dir: Path = Path("/run/shoal")
     """Directory of the sockets; `shoal.sock` in it is the front door."""
+
+    listen: str = "127.0.0.1:0"
+    """Address of the front door's TCP listener, through which a browser, or any HTTP client, reaches the ports of
+    sandboxes: a loopback IP address and a port, 0 for any that is free. Empty, or in the environment `none`: it
+    listens on no TCP port."""
+    port_domain: str = Field(
+        default="localhost",
+        pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$",
+    )
+    """Domain under which each port of a sandbox has a name of its own, `{port}-{id}.{port_domain}`. Every name under
+    `localhost` is this machine, for browsers and most resolvers; those under another must lead to `listen`."""
 
     cache_dir: Path = Path("/var/cache/shoal")
     """Directory of the images that were built on this machine, each under the hash of its recipe."""
@@ -89,6 +101,25 @@ class Settings(BaseSettings):
     """Size in MiB at which the upload of an image is refused."""
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
     """Least important event that is logged: debug, info, warning or error."""
+
+    @field_validator("listen")
+    @classmethod
+    def _on_loopback(cls, value: str) -> str:
+        # A variable that is empty counts as one that is not set; hence the word.
+        if value in ("", "none"):
+            return ""
+        host, _, port = value.rpartition(":")
+        try:
+            address = ipaddress.ip_address(host.strip("[]"))
+            number = int(port)
+        except ValueError:
+            address, number = ipaddress.IPv4Address(0), -1
+        bare = f"[{address}]" if address.version == 6 else str(address)
+        if value != f"{bare}:{number}" or not 0 <= number <= 65_535 or "%" in value:
+            raise ValueError("must be an IP address and a port, such as 127.0.0.1:0 or [::1]:8080")
+        if not address.is_loopback:
+            raise ValueError("must be a loopback address for now, such as 127.0.0.1:0")
+        return value
 
     @property
     def socket(self) -> Path:

@@ -6,7 +6,8 @@ Frozen, validated on decode, and the same on both sides of every wire that Pytho
 from __future__ import annotations
 
 import enum
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -30,6 +31,8 @@ class Reason(enum.StrEnum):
     LEASE_EXPIRED = "lease_expired"
     OOM = "oom"
     FAILED_TO_START = "failed_to_start"
+    NOT_READY = "not_ready"
+    """Its own command did not start or ended too soon, or what its `ready` asks for did not come true in time."""
     EVICTED = "evicted"
     LOST = "lost"
     HOST_SHUTDOWN = "host_shutdown"
@@ -70,6 +73,44 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True):
     """Unknown fields are ignored: a newer node may say more."""
 
 
+class Ready(_Noun, frozen=True, kw_only=True):
+    """When a new sandbox is of use: the create answers no sooner.
+
+    Either a port, which must accept a connection; a port and a path, which must answer with a status of 200 to 399;
+    or a command, which must exit with 0. Whatever is asked, is asked inside the sandbox.
+    """
+
+    port: int | None = None
+    """TCP port on the sandbox's loopback."""
+    path: str | None = None
+    """Path and query that is asked for on `port` over HTTP."""
+    command: list[str] | None = None
+    """Program and arguments, started as an exec of the sandbox would be."""
+    interval: float = 0.1
+    """Seconds between a failed attempt and the next."""
+    timeout: float = 60.0
+    """Seconds, from the start of the main command on, after which the create fails."""
+
+    @classmethod
+    def on_port(cls, port: int, *, interval: float = 0.1, timeout: float = 60.0) -> Self:
+        """Something listens on a TCP port."""
+        return cls(port=port, interval=interval, timeout=timeout)
+
+    @classmethod
+    def on_http(
+        cls, port: int, path: str = "/", *, interval: float = 0.1, timeout: float = 60.0
+    ) -> Self:
+        """A request for a path is answered with a status of 200 to 399."""
+        return cls(port=port, path=path, interval=interval, timeout=timeout)
+
+    @classmethod
+    def on_command(
+        cls, argv: Sequence[str], *, interval: float = 0.1, timeout: float = 60.0
+    ) -> Self:
+        """A command exits with 0."""
+        return cls(command=list(argv), interval=interval, timeout=timeout)
+
+
 class SandboxSpec(_Noun, frozen=True, kw_only=True):
     """What a sandbox shall be. Checked by `node.admission` against the host that it lands on."""
 
@@ -97,6 +138,12 @@ class SandboxSpec(_Noun, frozen=True, kw_only=True):
     """Default user of execs, by name or id; None: the image's, else root."""
     workdir: str | None = None
     """Default working directory of execs; None: the image's, else `/`."""
+    command: list[str] | None = None
+    """Main command: program and arguments of an exec with the id `main`, started when the sandbox is up."""
+    ready: Ready | None = None
+    """What the create waits for, once the main command has started; None: nothing."""
+    public_ports: list[int] = []
+    """TCP ports that whoever reaches the front door may use without a token."""
 
 
 class SandboxInfo(_Answer, frozen=True, kw_only=True):
@@ -121,6 +168,8 @@ class SandboxInfo(_Answer, frozen=True, kw_only=True):
     reason: Reason | None = None
     message: str = ""
     """More about the reason, for a person."""
+    public_ports: list[int] = []
+    """TCP ports that need no token."""
 
 
 class SandboxAccess(_Answer, frozen=True, kw_only=True):
@@ -128,6 +177,8 @@ class SandboxAccess(_Answer, frozen=True, kw_only=True):
 
     sandbox: SandboxInfo
     access_token: str
+    url_template: str | None = None
+    """Address of its ports, with `{port}` and `{id}` to be filled in; None: the node listens on no TCP port."""
 
 
 class SandboxPage(_Answer, frozen=True, kw_only=True):
@@ -149,7 +200,8 @@ class ExecRequest(_Noun, frozen=True, kw_only=True):
     argv: list[str]
     """Program and arguments; the program is searched in PATH."""
     exec_id: str | None = None
-    """Chosen by the client, so that a retry is the same exec; None: the node chooses."""
+    """Chosen by the client, so that a retry is the same exec: 1 to 128 of the characters A-Z a-z 0-9 _ . -, and neither
+    `.` nor `..`. None: the node chooses."""
     env: dict[str, str] = {}
     """On top of the sandbox's own."""
     cwd: str | None = None
@@ -159,6 +211,9 @@ class ExecRequest(_Noun, frozen=True, kw_only=True):
     pty: PtySize | None = None
     timeout: float | None = None
     """Seconds until the command is killed; None: it lives as long as the sandbox."""
+    detached: bool = False
+    """True: the answer is an `ExecStarted` without a stream, and output that nobody reads is dropped, oldest first,
+    rather than kept for a reader while the command waits."""
 
 
 class ExecStarted(_Answer, frozen=True, kw_only=True):
@@ -169,6 +224,7 @@ class ExecStarted(_Answer, frozen=True, kw_only=True):
     existing: bool
     stdout_offset: int
     stderr_offset: int
+    detached: bool = False
 
 
 class Usage(_Answer, frozen=True, kw_only=True):
@@ -201,6 +257,15 @@ class ExecExit(_Answer, frozen=True, kw_only=True):
     stage: str | None = None
     """Where starting failed: request, user, cwd, stdio, fork, cgroup, privileges or exec."""
     usage: Usage = Usage()
+
+
+class ExecState(_Answer, frozen=True, kw_only=True):
+    """Where an exec stands."""
+
+    exec_id: str
+    pid: int
+    exit: ExecExit | None = None
+    """None while it runs."""
 
 
 class ExecStatus(_Answer, frozen=True, kw_only=True):
@@ -278,6 +343,21 @@ class FilePage(_Answer, frozen=True, kw_only=True):
     """A directory's entries, sorted by path."""
 
     entries: list[FileInfo]
+
+
+EventKind = Literal["create", "write", "remove", "rename", "chmod", "overflow"]
+
+
+class FileEvent(_Answer, frozen=True, kw_only=True, rename={"kind": "type"}):
+    """Something that happened to a watched path."""
+
+    kind: EventKind
+    """`overflow`: more happened than could be told, so look for yourself."""
+    path: str
+    """Absolute; what is not UTF-8 shows as U+FFFD. Of an `overflow` the watched path."""
+    target: str | None = None
+    """Of a `rename`: the new path."""
+    directory: bool = False
 
 
 class ImageInfo(_Answer, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ from shoal.node.engine import Engine
 
 MAX_BODY = 8 * 1024 * 1024
 _MOST_LISTED = 10_000
+_LAST_PORT = 65_535
 
 
 class ImageShelf(Protocol):
@@ -93,6 +94,11 @@ def build_app(node: Node, activity: Activity) -> web.Application:
     router.add_get("/v1/sandboxes/{id}", get_sandbox)
     router.add_delete("/v1/sandboxes/{id}", terminate_sandbox)
     router.add_post("/v1/sandboxes/{id}/connect", connect_sandbox)
+    router.add_put("/v1/sandboxes/{id}/ports/{port}", publish_port)
+    router.add_delete("/v1/sandboxes/{id}/ports/{port}", unpublish_port)
+    router.add_route(
+        "*", "/v1/sandboxes/{id}/{plane:ports}/{port}/{rest:wait|connect}", unreachable
+    )
     router.add_route("*", "/v1/sandboxes/{id}/{plane:execs|files}", unreachable)
     router.add_route("*", "/v1/sandboxes/{id}/{plane:execs|files}/{rest:.*}", unreachable)
     router.add_get("/v1/images", list_images)
@@ -106,7 +112,7 @@ def build_app(node: Node, activity: Activity) -> web.Application:
 
 
 async def create_sandbox(request: web.Request) -> web.Response:
-    """POST /v1/sandboxes: a spec in, a running sandbox out."""
+    """POST /v1/sandboxes: a spec in, a running sandbox out, ready as the spec asks."""
     node = request.app[_NODE]
     read_query(request)
     spec = await read_body(request, nouns.SandboxSpec, defaults=node.default_spec)
@@ -146,6 +152,20 @@ async def connect_sandbox(request: web.Request) -> web.Response:
     """POST /v1/sandboxes/{id}/connect: the token of a running one."""
     read_query(request)
     return json_response(request.app[_NODE].engine.access(request.match_info["id"]))
+
+
+async def publish_port(request: web.Request) -> web.Response:
+    """PUT /v1/sandboxes/{id}/ports/{port}: from now on the port needs no token."""
+    read_query(request)
+    port = read_count("port", request.match_info["port"], most=_LAST_PORT)
+    return json_response(await request.app[_NODE].engine.publish(request.match_info["id"], port))
+
+
+async def unpublish_port(request: web.Request) -> web.Response:
+    """DELETE /v1/sandboxes/{id}/ports/{port}: from now on the port needs a token again."""
+    read_query(request)
+    port = read_count("port", request.match_info["port"], most=_LAST_PORT)
+    return json_response(await request.app[_NODE].engine.unpublish(request.match_info["id"], port))
 
 
 async def unreachable(request: web.Request) -> web.Response:

@@ -1,7 +1,7 @@
 """The server process: reads its settings, wires the rooms together, leaves when it is told to or nobody needs it.
 
-The keeper starts it with three things inherited: a socket to the keeper, a listening socket for HTTP, and stderr for
-the log. It needs no privilege and writes under the data directory only.
+The keeper starts it, and starts it again when it dies; the sandboxes live on and are taken up. Three things are
+inherited: a socket to the keeper, a listening socket for HTTP, and stderr for the log. It needs no privilege and writes under the data directory only.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from shoal.node.engine import Engine, EngineConfig
 from shoal.node.keeper_client import KeeperClient, KeeperHello, KeeperLayers
 from shoal.node.recovery import recover
 from shoal.node.secret import NodeSecret
+from shoal.node.slots import Slots
 from shoal.settings import Settings
 from shoal.state import StateStore
 from shoal.types import SandboxSpec
@@ -156,12 +157,15 @@ async def serve(settings: Settings, keeper_socket: socket.socket, listener: sock
         state = StateStore.open(data_dir / "state.db")
         stack.callback(state.close)
         images = ImageStore(data_dir, KeeperLayers(keeper))
-        await recover(keeper=keeper, state=state, images=images)
+        survivors = await recover(keeper=keeper, state=state, images=images)
 
         secret = NodeSecret.load(data_dir / "secret")
         # The keeper takes it for "the server is up" and says so to who started the node; hence not earlier.
         hello = await keeper.hello()
         admission = _admission(settings, hello)
+        slots = Slots()
+        for first in hello.id_blocks:
+            slots.add(first, hello.ids_per_block)
 
         tasks = await stack.enter_async_context(anyio.create_task_group())
         stack.callback(tasks.cancel_scope.cancel)
@@ -181,8 +185,11 @@ async def serve(settings: Settings, keeper_socket: socket.socket, listener: sock
                     keep_ended=settings.keep_ended,
                     max_ended=settings.max_ended,
                 ),
+                url_template=_url_template(settings.port_domain, hello.listen),
+                slots=slots,
             )
         )
+        await engine.adopt(survivors)
         tasks.start_soon(door.run)
         node = Node(
             engine=engine,
@@ -309,6 +316,10 @@ def _admission(settings: Settings, hello: KeeperHello) -> Admission:
             ),
         ),
     )
+
+
+def _url_template(domain: str, listen: str | None) -> str | None:
+    return f"http://{{port}}-{{id}}.{domain}:{listen.rpartition(':')[2]}" if listen else None
 
 
 def _default_spec(settings: Settings) -> dict[str, object]:

@@ -38,6 +38,7 @@ def run(
     data_dir: Path,
     run_dir: Path,
     pool_mib: int,
+    listen: str = "",
     ready_fd: int | None = None,
     idle_exit: float | None = None,
 ) -> NoReturn:
@@ -47,6 +48,7 @@ def run(
         data_dir: What survives a restart.
         run_dir: Where the sockets are.
         pool_mib: Size of a new disk pool at most.
+        listen: As `Settings.listen`.
         ready_fd: Descriptor that gets a line of JSON once the node is ready, or once it has failed.
         idle_exit: Seconds of idleness after which it leaves; None or 0: it stays.
 
@@ -58,6 +60,7 @@ def run(
         data_dir=data_dir,
         run_dir=run_dir,
         pool_mib=pool_mib,
+        listen=listen,
         ready_fd=ready_fd,
         idle_exit=idle_exit,
     )
@@ -73,6 +76,7 @@ def prepare(
     data_dir: Path,
     run_dir: Path,
     pool_mib: int,
+    listen: str = "",
     ready_fd: int | None = None,
     idle_exit: float | None = None,
 ) -> tuple[list[str], dict[str, str]]:
@@ -99,6 +103,8 @@ def prepare(
     make_pool(pool, pool_mib)
     argv = [str(noded), "serve", "--data-dir", str(data_dir), "--run-dir", str(run_dir)]
     argv += ["--agent", str(agent), "--python", sys.executable, "--pool", str(pool)]
+    if listen:
+        argv += ["--listen", listen]
     if ready_fd is not None:
         argv += ["--ready-fd", str(ready_fd)]
     if idle_exit:

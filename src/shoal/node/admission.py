@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from shoal.errors import InvalidArgumentError, ResourceExhaustedError
-from shoal.types import SandboxSpec
+from shoal.types import Ready, SandboxSpec
 
 MIN_CPU = 0.01
 """The kernel's smallest quota is 1 ms of each 100 ms."""
@@ -29,6 +29,11 @@ _MAX_LABELS = 64
 _MAX_LABEL_KEY = 128
 _MAX_LABEL_VALUE = 1024
 _MAX_WORD = 4096
+_MAX_ARGV_BYTES = 128 * 1024
+_MAX_PUBLIC_PORTS = 256
+_MIN_INTERVAL = 0.01
+_LAST_PORT = 65_535
+_HTTP_PATH = re.compile(r"/[!-~]{0,4095}")
 _LAST_GUEST_ID = 65_535
 _USER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}\$?")
 _FLOORS_FOR = 0.25
@@ -139,6 +144,49 @@ class Admission:
                 field="timeout",
             )
         _check_words(spec)
+        if spec.command is not None:
+            _check_argv("command", spec.command)
+        if spec.ready is not None:
+            self._check_ready(spec.ready)
+        check_ports(spec.public_ports)
+
+    def _check_ready(self, ready: Ready) -> None:
+        if (ready.port is None) == (ready.command is None):
+            raise InvalidArgumentError(
+                "ready needs a port or a command" + (", not both" if ready.command else ""),
+                hint="a port, a port and a path, or a command",
+                field="ready",
+            )
+        if ready.command is not None:
+            _check_argv("ready.command", ready.command)
+            if ready.path is not None:
+                raise InvalidArgumentError(
+                    "ready.path goes with a port, not with a command", field="ready.path"
+                )
+        if ready.port is not None:
+            check_port("ready.port", ready.port)
+        if ready.path is not None and not _HTTP_PATH.fullmatch(ready.path):
+            raise InvalidArgumentError(
+                f"ready.path cannot be {ready.path[:200]!r}",
+                hint="it begins with a slash; what is no printable ASCII, and spaces, are written as %XX",
+                field="ready.path",
+            )
+        if not math.isfinite(ready.interval) or ready.interval < _MIN_INTERVAL:
+            raise InvalidArgumentError(
+                f"ready.interval must be {_MIN_INTERVAL:g} s or more, not {_number(ready.interval)}",
+                field="ready.interval",
+            )
+        if not math.isfinite(ready.timeout) or ready.timeout <= 0:
+            raise InvalidArgumentError(
+                f"ready.timeout must be a number of seconds above 0, not {_number(ready.timeout)}",
+                field="ready.timeout",
+            )
+        if ready.timeout > self._max_timeout:
+            raise InvalidArgumentError(
+                f"ready.timeout of {_number(ready.timeout)} s is more than the node's maximum of {_number(self._max_timeout)} s",
+                hint="ask for less, or raise max_timeout on the node",
+                field="ready.timeout",
+            )
 
     @contextlib.contextmanager
     def reserve(self, spec: SandboxSpec) -> Iterator[None]:
@@ -147,7 +195,6 @@ class Admission:
         Raises:
             ResourceExhaustedError: There is no room now. Nothing was reserved.
         """
-        milli_cpu = round(spec.cpu * 1000)
         cpu_total, memory_total, disk_total, pids_total = self._total
         if self._sandboxes >= self._max_sandboxes:
             raise ResourceExhaustedError(
@@ -161,6 +208,13 @@ class Admission:
         _fits("disk_mib", spec.disk_mib, self._disk_mib, disk_total)
         _fits("pids", spec.pids, self._pids, pids_total)
         self._check_floors()
+        with self.hold(spec):
+            yield
+
+    @contextlib.contextmanager
+    def hold(self, spec: SandboxSpec) -> Iterator[None]:
+        """Count what a sandbox has that is there already, whether or not there is room."""
+        milli_cpu = round(spec.cpu * 1000)
         self._milli_cpu += milli_cpu
         self._memory_mib += spec.memory_mib
         self._disk_mib += spec.disk_mib
@@ -271,6 +325,49 @@ def _check_words(spec: SandboxSpec) -> None:
         )
     if spec.user is not None:
         check_user(spec.user)
+
+
+def _check_argv(field: str, argv: Sequence[str]) -> None:
+    if not argv or not argv[0]:
+        raise InvalidArgumentError(
+            f"{field} names no program", hint="a list: program, arguments", field=field
+        )
+    if any("\0" in word for word in argv):
+        raise InvalidArgumentError(f"{field} has a NUL character in a word", field=field)
+    size = sum(len(word.encode("utf-8", "surrogatepass")) + 1 for word in argv)
+    if size > _MAX_ARGV_BYTES:
+        raise InvalidArgumentError(
+            f"{field} has {size} bytes, the maximum is {_MAX_ARGV_BYTES}",
+            hint="upload a script instead",
+            field=field,
+        )
+
+
+def check_port(field: str, port: int) -> None:
+    """Say no to what cannot be a TCP port.
+
+    Raises:
+        InvalidArgumentError: It is not one of 1 to 65535.
+    """
+    if not 1 <= port <= _LAST_PORT:
+        raise InvalidArgumentError(f"{field} must be 1 to {_LAST_PORT}, not {port}", field=field)
+
+
+def check_ports(public_ports: Sequence[int]) -> None:
+    """Say no to what cannot be a sandbox's public ports.
+
+    Raises:
+        InvalidArgumentError: One is no port, one is there twice, or there are too many.
+    """
+    if len(public_ports) > _MAX_PUBLIC_PORTS:
+        raise InvalidArgumentError(
+            f"{len(public_ports)} public_ports, the maximum is {_MAX_PUBLIC_PORTS}",
+            field="public_ports",
+        )
+    for index, port in enumerate(public_ports):
+        check_port("public_ports", port)
+        if port in public_ports[:index]:
+            raise InvalidArgumentError(f"public_ports has {port} twice", field="public_ports")
 
 
 def check_user(user: str) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import base64
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Protocol, Self
@@ -36,13 +36,14 @@ from shoal.errors import (
     StartTimeoutError,
 )
 from shoal.node import lifecycle, oci
-from shoal.node.admission import Admission
-from shoal.node.door_client import Door, Process
+from shoal.node.admission import Admission, check_port, check_ports
+from shoal.node.door_client import Door, Ended, Process
 from shoal.node.keeper_client import Fault, Keeper, KeeperError
 from shoal.node.lifecycle import (
     EndRequested,
     Event,
     Exited,
+    FoundAlive,
     Instruction,
     Life,
     Started,
@@ -52,7 +53,16 @@ from shoal.node.lifecycle import (
 from shoal.node.secret import NodeSecret
 from shoal.node.slots import Slots
 from shoal.state import Record, StateStore
-from shoal.types import ImageInfo, Reason, SandboxAccess, SandboxInfo, SandboxSpec, Status
+from shoal.types import (
+    ImageInfo,
+    Outcome,
+    Ready,
+    Reason,
+    SandboxAccess,
+    SandboxInfo,
+    SandboxSpec,
+    Status,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -60,6 +70,14 @@ _DESTROY_DEADLINE = 30.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 15.0
 _HOUSEKEEPING = 5.0
 _FIRST_GENERATION = 1
+MAIN = "main"
+"""Exec id of the main command."""
+_ATTEMPT = 10.0
+"""Seconds for one attempt to see whether a sandbox is ready: who does not answer now may answer another."""
+_UNKNOWN_END = Exited(oom_kills=0, wait_status=9)
+"""What is assumed of an end that the keeper says nothing of: it ended everything of that sandbox by force."""
+_LONGEST_LINE = 200
+"""Characters of a command's output in a hint."""
 _LAST_WORDS = 1.0
 """Seconds for which the keeper's account of an exit is waited for once the front door has lost a guest agent."""
 
@@ -76,6 +94,14 @@ class Images(Protocol):
         ...
 
 
+class Survivor(msgspec.Struct, frozen=True):
+    """A sandbox that outlived the server which made it."""
+
+    record: Record
+    socket: str
+    """Where its guest agent listens, as the front door sees it."""
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How patient the engine is, in seconds, and how much it does at once; `Settings` has the defaults."""
 
@@ -89,7 +115,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 class _Live:
     """A sandbox that is not stopped yet, with what the engine holds for it."""
 
-    __slots__ = ("gone", "life", "process", "record", "socket", "start_scope", "timer", "undo")
+    __slots__ = (
+        "gone",
+        "life",
+        "ports_lock",
+        "process",
+        "record",
+        "socket",
+        "start_scope",
+        "timer",
+        "undo",
+    )
 
     def __init__(self, record: Record, life: Life, process: Process) -> None:
         self.record = record
@@ -100,6 +136,8 @@ class _Live:
         self.start_scope: anyio.CancelScope | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.gone = anyio.Event()
+        # The front door takes requests in any order, so that which tells it last what is public must be the last.
+        self.ports_lock = anyio.Lock()
 
 
 class Engine:
@@ -114,6 +152,7 @@ class Engine:
         secret: Access tokens are made of it.
         config: Deadlines and bounds.
         slots: Ranges of host ids.
+        url_template: As `types.SandboxAccess.url_template`.
     """
 
     def __init__(
@@ -127,6 +166,7 @@ class Engine:
         secret: NodeSecret,
         config: EngineConfig,
         slots: Slots | None = None,
+        url_template: str | None = None,
     ) -> None:
         self._keeper = keeper
         self._door = door
@@ -136,6 +176,7 @@ class Engine:
         self._secret = secret
         self._config = config
         self._slots = slots or Slots()
+        self._url_template = url_template
         self._live: dict[str, _Live] = {}
         self._unsaved: dict[str, Record] = {}
         self._written = 0
@@ -194,8 +235,8 @@ class Engine:
             InvalidArgumentError: The spec makes no sense on this host.
             ImageNotFoundError: The node has no such image.
             ResourceExhaustedError: There is no room now. Nothing was reserved.
-            StartTimeoutError: The guest agent was silent for too long.
-            StartFailedError: A step failed; `details` says which.
+            StartTimeoutError: The guest agent was silent for too long, or it was not ready in time.
+            StartFailedError: A step failed, or its main command did; `details` says which.
             SandboxGoneError: It was ended while it started.
             NodeUnavailableError: The node is stopping.
         """
@@ -218,6 +259,48 @@ class Engine:
             ms=round((time.monotonic() - began) * 1000, 1),
         )
         return self._access(live)
+
+    async def adopt(self, survivors: Sequence[Survivor]) -> None:
+        """Take up sandboxes that another server left: each holds what it would hold had `create` made it here.
+
+        The next `on_connect` of the front door shows them to it; one that serves them already goes on with it.
+        """
+        lives = [await self._take_up(one) for one in survivors]
+        # What ended before it was taken up was told to nobody.
+        there = await self._keeper.sandboxes()
+        for live in lives:
+            if live.record.id not in there.alive:
+                self._apply(live, there.exited.get(live.record.id, _UNKNOWN_END))
+
+    async def _take_up(self, survivor: Survivor) -> _Live:
+        record = survivor.record
+        life = Life(
+            id=record.id,
+            status=record.status,
+            reason=record.reason,
+            message=record.message,
+            story=("recorded",),
+        )
+        live = _Live(record, life, Process(env=[], cwd="", user=""))
+        live.socket = survivor.socket
+        flaw = ""
+        async with AsyncExitStack() as undo:
+            undo.enter_context(self._admission.hold(record.spec))
+            try:
+                image = await undo.enter_async_context(self._images.pin(record.image_digest))
+                live.process = oci.exec_defaults(record.spec, image)
+                undo.enter_context(self._slots.held(record.slot))
+            except ShoalError as error:
+                flaw = error.message
+            undo.push_async_callback(self._destroy, record.id)
+            undo.push_async_callback(self._detach, live)
+            live.undo = undo.pop_all()
+        self._live[record.id] = live
+        self._apply(live, FoundAlive())
+        if flaw:
+            self._apply(live, EndRequested(Reason.LOST, f"it cannot be taken up again: {flaw}"))
+        log.info("sandbox_found", sandbox=record.id, was=record.status, now=live.life.status)
+        return live
 
     async def terminate(self, sandbox: str) -> SandboxInfo:
         """End a sandbox and wait until nothing of it is left; one that has ended already stays as it is.
@@ -262,9 +345,59 @@ class Engine:
             SandboxGoneError: It has ended, or is about to; the reason is attached.
             ConflictError: It is not up yet.
         """
+        return self._access(self._running(sandbox))
+
+    async def publish(self, sandbox: str, port: int) -> SandboxInfo:
+        """Let a port of a running sandbox be used without a token. One that is public stays so.
+
+        Raises:
+            InvalidArgumentError: It is no port, or too many are public already.
+            SandboxNotFoundError: The node knows no such sandbox.
+            SandboxGoneError: It has ended, or is about to.
+            ConflictError: It is not up yet.
+            ResourceExhaustedError: It cannot be written down. Nothing changed.
+            NodeUnavailableError: The front door did not take it. It is written down; call this again.
+        """
+        return await self._set_public(sandbox, port, public=True)
+
+    async def unpublish(self, sandbox: str, port: int) -> SandboxInfo:
+        """Ask for a token again on a port. One that is not public stays so.
+
+        Raises:
+            InvalidArgumentError: It is no port.
+            SandboxNotFoundError: The node knows no such sandbox.
+            SandboxGoneError: It has ended, or is about to.
+            ConflictError: It is not up yet.
+            ResourceExhaustedError: It cannot be written down. Nothing changed.
+            NodeUnavailableError: The front door did not take it. It is written down; call this again.
+        """
+        return await self._set_public(sandbox, port, public=False)
+
+    async def _set_public(self, sandbox: str, port: int, *, public: bool) -> SandboxInfo:
+        check_port("port", port)
+        live = self._running(sandbox)
+        async with live.ports_lock:
+            self._running(sandbox)
+            spec = live.record.spec
+            ports = {*spec.public_ports, port} if public else {*spec.public_ports} - {port}
+            spec = msgspec.structs.replace(spec, public_ports=sorted(ports))
+            check_ports(spec.public_ports)
+            # First, and whether or not it changes anything: the record is what every later front door is told, and
+            # who calls again after an error wants the front door told.
+            record = msgspec.structs.replace(live.record, spec=spec)
+            self._store(record)
+            live.record = record
+            try:
+                await self._door.publish(sandbox, spec.public_ports)
+            except NodeUnavailableError:
+                self._running(sandbox)  # that it ended meanwhile says more
+                raise
+        return live.record.to_info()
+
+    def _running(self, sandbox: str) -> _Live:
         live = self._live.get(sandbox)
         if live is not None and live.life.status in (Status.RUNNING, Status.PAUSED):
-            return self._access(live)
+            return live
         info = self.get(sandbox)
         if info.status is Status.CREATING:
             raise ConflictError(
@@ -341,6 +474,7 @@ class Engine:
             status=life.status,
             created_at=now,
             expires_at=now + spec.timeout,
+            deadline=time.monotonic() + spec.timeout,
         )
         # Raises, unlike the later ones: nobody may act on a sandbox without a trace.
         self._state.save(record)
@@ -363,8 +497,12 @@ class Engine:
             raise
         if live.life.status is Status.RUNNING:
             return
-        message = failure.message if failure is not None else ""
-        self._apply(live, StartFailed(message))
+        if failure is None:
+            self._apply(live, StartFailed(""))
+        elif isinstance(failure, StartFailedError) and not failure.is_infra:
+            self._apply(live, StartFailed(failure.message, Reason.NOT_READY))
+        else:
+            self._apply(live, StartFailed(failure.message))
         log.warning(
             "sandbox_start_failed",
             sandbox=live.record.id,
@@ -373,7 +511,7 @@ class Engine:
         )
         with anyio.move_on_after(self._config.stop_timeout):
             await live.gone.wait()
-        if live.life.reason is not Reason.FAILED_TO_START:
+        if live.life.reason not in (Reason.FAILED_TO_START, Reason.NOT_READY):
             raise gone(live.record.to_info())
         raise failure or StartFailedError(live.life.message, stage="ready")
 
@@ -395,19 +533,51 @@ class Engine:
         live.socket = created.socket
         live.undo.push_async_callback(self._detach, live)
         await self._attach(live, max(0.001, deadline - time.monotonic()))
+        await self._begin_main(live)
+        await self._wait_ready(live)
         # An end that was asked for in the meantime may not have reached us yet; it must not be passed by.
         await anyio.lowlevel.checkpoint_if_cancelled()
         self._apply(live, Started())
 
+    async def _begin_main(self, live: _Live) -> None:
+        command = live.record.spec.command
+        if command is not None:
+            # Its own deadline, as long as the guest agent's was.
+            await self._door.exec(
+                live.record.id, MAIN, command, deadline=self._config.start_timeout
+            )
+
+    async def _wait_ready(self, live: _Live) -> None:
+        spec = live.record.spec
+        if spec.ready is None:
+            return
+        end, detail = time.monotonic() + spec.ready.timeout, ""
+        while (left := end - time.monotonic()) > 0:
+            seen = await self._door.probe(
+                live.record.id,
+                spec.ready,
+                main=MAIN if spec.command is not None else None,
+                deadline=min(_ATTEMPT, left),
+            )
+            if seen.ready:
+                return
+            if seen.ended is not None:
+                raise _main_ended(seen.ended)
+            detail = seen.detail
+            await anyio.sleep(min(spec.ready.interval, max(0.0, end - time.monotonic())))
+        raise _never_ready(spec.ready, detail)
+
     async def _attach(self, live: _Live, deadline: float) -> None:
         record = live.record
-        ready = await self._door.attach(
-            record.id,
-            socket=live.socket,
-            token=self._secret.token(record.id),
-            process=live.process,
-            deadline=deadline,
-        )
+        async with live.ports_lock:
+            ready = await self._door.attach(
+                record.id,
+                socket=live.socket,
+                token=self._secret.token(record.id),
+                process=live.process,
+                public_ports=live.record.spec.public_ports,
+                deadline=deadline,
+            )
         if ready.generation != record.generation:
             raise StartFailedError(
                 f"its guest agent is of generation {ready.generation}, not {record.generation}",
@@ -416,7 +586,9 @@ class Engine:
 
     def _access(self, live: _Live) -> SandboxAccess:
         return SandboxAccess(
-            sandbox=live.record.to_info(), access_token=self._secret.token(live.record.id)
+            sandbox=live.record.to_info(),
+            access_token=self._secret.token(live.record.id),
+            url_template=self._url_template,
         )
 
     # What the lifecycle says
@@ -439,11 +611,14 @@ class Engine:
     def _save(self, live: _Live) -> None:
         self._write(live.record)
 
+    def _store(self, record: Record) -> None:
+        self._state.save(record)
+        self._written += 1
+        self._unsaved.pop(record.id, None)
+
     def _write(self, record: Record) -> None:
         try:
-            self._state.save(record)
-            self._written += 1
-            self._unsaved.pop(record.id, None)
+            self._store(record)
         except ShoalError as error:
             # The sandbox's life goes on; housekeeping writes it down when there is room again.
             self._unsaved[record.id] = record
@@ -453,7 +628,8 @@ class Engine:
 
     def _arm_timer(self, live: _Live) -> None:
         # The loop's clock is monotonic: setting the host's clock ends nothing and keeps nothing alive.
-        live.timer = self._loop.call_later(live.record.spec.timeout, self._on_timeout, live)
+        remaining = max(0.0, live.record.deadline - time.monotonic())
+        live.timer = self._loop.call_later(remaining, self._on_timeout, live)
 
     def _cancel_timer(self, live: _Live) -> None:
         if live.timer is not None:
@@ -617,8 +793,53 @@ _ADVICE = {
     Reason.OOM: "create one with more memory_mib",
     Reason.LOST: "not its own fault; create a new one",
     Reason.HOST_SHUTDOWN: "not its own fault; create a new one",
-    Reason.FAILED_TO_START: "not its own fault; create a new one, and see the node's log",
+    Reason.NOT_READY: "create one with another command, or another `ready`",
+    Reason.FAILED_TO_START: "create a new one; see the node's log if nothing of its own is named here",
 }
+
+
+def _main_ended(ended: Ended) -> StartFailedError:
+    match ended:
+        case Ended(outcome=Outcome.EXITED, exit_code=int() as code):
+            how = f"exited with code {code}"
+        case Ended(signal=int() as number):
+            how = f"ended by signal {number} ({ended.outcome.value})"
+        case _:
+            how = f"ended ({ended.outcome.value})"
+    error = StartFailedError(
+        f"its main command {how} before the sandbox was ready",
+        hint=_last_line(ended),
+        stage="main",
+        **{
+            name: value
+            for name, value in msgspec.structs.asdict(ended).items()
+            if value not in (None, "")
+        },
+    )
+    error.is_infra = ended.outcome.is_infra
+    return error
+
+
+def _last_line(ended: Ended) -> str:
+    """What a command last said: where somebody looks who cannot look into the sandbox any more."""
+    for stream, tail in (("stderr", ended.stderr_tail), ("stdout", ended.stdout_tail)):
+        if text := tail.strip():
+            line = text.splitlines()[-1].strip()
+            cut = "…" if len(line) > _LONGEST_LINE else ""
+            # It is shown on a terminal, and a stranger's program wrote it.
+            line = "".join(one if one.isprintable() else "\ufffd" for one in line[-_LONGEST_LINE:])
+            return f"it last said on {stream}: {cut}{line}"
+    return "it printed nothing; try it with exec in a sandbox without `command`"
+
+
+def _never_ready(ready: Ready, detail: str) -> StartTimeoutError:
+    error = StartTimeoutError(
+        f"not ready within {ready.timeout:g} s" + (f": {detail}" if detail else ""),
+        hint="give `ready` a longer timeout, or see with exec, in a sandbox without `ready`, what keeps it",
+        stage="ready",
+    )
+    error.is_infra = False
+    return error
 
 
 def _start_failure(error: Exception) -> ShoalError:

@@ -57,6 +57,11 @@ class KeeperHello(msgspec.Struct, frozen=True):
     cgroup: str
     pool: Pool
     walls: dict[str, Any] = {}
+    listen: str | None = None
+    """Address and port of the front door's TCP listener; None: it has none."""
+    id_blocks: list[int] = []
+    """First slot of each block of host ids that this keeper has taken."""
+    ids_per_block: int = 0
 
 
 class IdBlock(msgspec.Struct, frozen=True):
@@ -71,6 +76,21 @@ class Created(msgspec.Struct, frozen=True):
 
     pid: int
     socket: str
+
+
+class Alive(msgspec.Struct, frozen=True):
+    """A sandbox whose PID 1 has not ended."""
+
+    sandbox: str
+    socket: str
+
+
+class Held(msgspec.Struct, frozen=True):
+    """The sandboxes of a keeper at one moment."""
+
+    alive: dict[str, Alive]
+    exited: dict[str, Exited]
+    """The last that ended by themselves, by id."""
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -124,8 +144,8 @@ class Keeper(Protocol):
         """
         ...
 
-    async def sandboxes(self) -> list[str]:
-        """Ids of the sandboxes that the keeper holds."""
+    async def sandboxes(self) -> Held:
+        """What the keeper holds, and what ended by itself lately."""
         ...
 
 
@@ -139,12 +159,16 @@ class _Packet(msgspec.Struct, frozen=True):
     status: int = 0
 
 
-class _Listed(msgspec.Struct, frozen=True):
+class _Exited(msgspec.Struct, frozen=True):
     sandbox: str
+    oom_kills: int
+    status: int
 
 
-class _Sandboxes(msgspec.Struct, frozen=True):
-    sandboxes: list[_Listed]
+class _Page(msgspec.Struct, frozen=True):
+    sandboxes: list[Alive]
+    exited: list[_Exited]
+    more: bool
 
 
 class _Layers(msgspec.Struct, frozen=True):
@@ -213,10 +237,21 @@ class KeeperClient:
         """See `Keeper`."""
         return await self._ask({"op": "claim_ids"}, IdBlock, deadline=_QUICK)
 
-    async def sandboxes(self) -> list[str]:
+    async def sandboxes(self) -> Held:
         """See `Keeper`."""
-        answer = await self._ask({"op": "list"}, _Sandboxes, deadline=_QUICK)
-        return [one.sandbox for one in answer.sandboxes]
+        alive: dict[str, Alive] = {}
+        last = ""
+        while True:
+            page = await self._ask({"op": "list", "after": last}, _Page, deadline=_QUICK)
+            alive |= {one.sandbox: one for one in page.sandboxes}
+            if not page.more:
+                break
+            last = page.sandboxes[-1].sandbox
+        exited = {
+            one.sandbox: Exited(oom_kills=one.oom_kills, wait_status=one.status)
+            for one in page.exited
+        }
+        return Held(alive=alive, exited=exited)
 
     async def layer(
         self, op: str, kind: type[T], *, deadline: float, fd: int | None = None, **fields: Any

@@ -16,6 +16,7 @@ from shoal.errors import InternalError
 from shoal.types import Reason, Status
 
 _STORY_LENGTH = 16
+_OUT_OF_MEMORY = "it ran out of memory and its guest agent was killed"
 
 
 class IllegalTransitionError(InternalError):
@@ -27,13 +28,14 @@ class Event(msgspec.Struct, frozen=True, tag=True):
 
 
 class Started(Event, frozen=True):
-    """Its guest agent said READY."""
+    """Its guest agent said READY, its main command runs, and it is as ready as its spec asks."""
 
 
 class StartFailed(Event, frozen=True):
-    """A step of bringing it up failed, or its creator went away."""
+    """A step of bringing it up failed, its own command or probe did, or its creator went away."""
 
     message: str
+    reason: Reason = Reason.FAILED_TO_START
 
 
 class EndRequested(Event, frozen=True):
@@ -57,7 +59,11 @@ class TornDown(Event, frozen=True):
 
 
 class FoundAfterRestart(Event, frozen=True):
-    """A new node found its record; the keeper removed what was left of it."""
+    """A new server found its record; the keeper has nothing of it any more."""
+
+
+class FoundAlive(Event, frozen=True):
+    """A new server found its record; the keeper still has it."""
 
 
 class Instruction(enum.StrEnum):
@@ -128,7 +134,7 @@ def _run(_life: Life, _event: Started) -> Effect:
 
 
 def _fail(_life: Life, event: StartFailed) -> Effect:
-    return _end(Reason.FAILED_TO_START, event.message)
+    return _end(event.reason, event.message)
 
 
 def _end(reason: Reason, message: str) -> Effect:
@@ -159,9 +165,11 @@ def _end_creating(_life: Life, event: EndRequested) -> Effect:
 
 
 def _exit_creating(_life: Life, event: Exited) -> Effect:
+    if _ran_out(event):
+        return _abort(Reason.OOM, _OUT_OF_MEMORY)
     return _abort(
         Reason.FAILED_TO_START,
-        f"its guest agent ended before READY ({_describe(event.wait_status)})",
+        f"its guest agent ended while it started ({_describe(event.wait_status)})",
     )
 
 
@@ -170,9 +178,13 @@ def _aborted(life: Life, _event: StartFailed) -> Effect:
 
 
 def _exit_running(_life: Life, event: Exited) -> Effect:
-    if event.oom_kills and event.wait_status & 0x7F == 9:
-        return _end(Reason.OOM, "it ran out of memory and its guest agent was killed")
+    if _ran_out(event):
+        return _end(Reason.OOM, _OUT_OF_MEMORY)
     return _end(Reason.LOST, f"its guest agent ended by itself ({_describe(event.wait_status)})")
+
+
+def _ran_out(event: Exited) -> bool:
+    return event.oom_kills > 0 and event.wait_status & 0x7F == 9
 
 
 def _stop(life: Life, _event: TornDown) -> Effect:
@@ -190,24 +202,41 @@ def _lose(life: Life, _event: FoundAfterRestart) -> Effect:
     )
 
 
+def _take_up(life: Life, _event: FoundAlive) -> Effect:
+    return life.status, life.reason, life.message, (Instruction.ARM_TIMER,)
+
+
+def _give_up(_life: Life, _event: FoundAlive) -> Effect:
+    # Nobody waits for it any more: its creator's request ended with the server.
+    return _end(Reason.FAILED_TO_START, "the node's server died while it started")
+
+
+def _go_on_ending(life: Life, _event: FoundAlive) -> Effect:
+    return Status.STOPPING, life.reason, life.message, (Instruction.TEAR_DOWN,)
+
+
 TABLE: dict[tuple[Status, type[Event]], Rule] = {
     (Status.CREATING, Started): _run,
     (Status.CREATING, StartFailed): _fail,
     (Status.CREATING, EndRequested): _end_creating,
     (Status.CREATING, Exited): _exit_creating,
     (Status.CREATING, FoundAfterRestart): _lose,
+    (Status.CREATING, FoundAlive): _give_up,
     (Status.RUNNING, EndRequested): _end_running,
     (Status.RUNNING, Exited): _exit_running,
     (Status.RUNNING, FoundAfterRestart): _lose,
+    (Status.RUNNING, FoundAlive): _take_up,
     (Status.PAUSED, EndRequested): _end_running,
     (Status.PAUSED, Exited): _exit_running,
     (Status.PAUSED, FoundAfterRestart): _lose,
+    (Status.PAUSED, FoundAlive): _take_up,
     # From here on the end is decided: whatever else wants it ended finds it done.
     (Status.STOPPING, StartFailed): _aborted,
     (Status.STOPPING, EndRequested): _stay,
     (Status.STOPPING, Exited): _stay,
     (Status.STOPPING, TornDown): _stop,
     (Status.STOPPING, FoundAfterRestart): _lose,
+    (Status.STOPPING, FoundAlive): _go_on_ending,
     (Status.STOPPED, EndRequested): _stay,
     (Status.STOPPED, Exited): _stay,
 }

@@ -5,7 +5,9 @@ Small numbers come back soon, so that the ids in use stay dense and a leak shows
 
 from __future__ import annotations
 
+import contextlib
 import heapq
+from collections.abc import Iterator
 
 from shoal.errors import InternalError
 
@@ -42,11 +44,28 @@ class Slots:
 
     def take(self) -> int | None:
         """The smallest free slot, now taken; None when a block must be added first."""
-        if not self._free:
-            return None
-        slot = heapq.heappop(self._free)
+        while self._free:
+            slot = heapq.heappop(self._free)
+            if slot not in self._taken:  # see `held`
+                self._taken.add(slot)
+                return slot
+        return None
+
+    @contextlib.contextmanager
+    def held(self, slot: int) -> Iterator[None]:
+        """Hold a slot that was taken in another server's life.
+
+        Raises:
+            InternalError: Somebody has it already.
+        """
+        if slot in self._taken:
+            raise InternalError(f"slot {slot} is taken twice")
+        # It may be among the free ones too; `take` passes over it.
         self._taken.add(slot)
-        return slot
+        try:
+            yield
+        finally:
+            self.give_back(slot)
 
     def give_back(self, slot: int) -> None:
         """Free a slot. Call it when nothing of its holder is left: the next one gets the same host ids."""

@@ -47,7 +47,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float
     """Seconds since 1970."""
     expires_at: float
-    """Seconds since 1970; for people. Its timer runs on the monotonic clock."""
+    """Seconds since 1970; for people."""
+    deadline: float = 0.0
+    """The same moment on the machine's monotonic clock, on which its timer runs; no sandbox outlives that clock."""
     reason: Reason | None = None
     message: str = ""
     ended_at: float | None = None
@@ -72,6 +74,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
             ended_at=self.ended_at,
             reason=self.reason,
             message=self.message,
+            public_ports=spec.public_ports,
         )
 
 
@@ -100,11 +103,18 @@ def _first_tables(db: sqlite3.Connection) -> None:
     db.execute("CREATE INDEX sandboxes_by_end ON sandboxes (ended_at)")
 
 
-MIGRATIONS: tuple[Migration, ...] = (_first_tables,)
+def _monotonic_deadline(db: sqlite3.Connection) -> None:
+    db.execute("ALTER TABLE sandboxes ADD COLUMN deadline REAL NOT NULL DEFAULT 0")
+
+
+MIGRATIONS: tuple[Migration, ...] = (_first_tables, _monotonic_deadline)
 """Step n brings a file from version n to n + 1. Steps are added, never changed."""
 
-_COLUMNS = "id, spec, image_digest, slot, generation, status, reason, message, created_at, expires_at, ended_at"
-_REPLACE = f"REPLACE INTO sandboxes ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?)"  # noqa: S608 - a constant
+_COLUMNS = (
+    "id, spec, image_digest, slot, generation, status, reason, message,"
+    " created_at, expires_at, ended_at, deadline"
+)
+_REPLACE = f"REPLACE INTO sandboxes ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)"  # noqa: S608 - a constant
 _SELECT = f"SELECT {_COLUMNS} FROM sandboxes "  # noqa: S608 - a constant
 _WAL_PAGES = 16_384
 """Pages at which a write folds the WAL itself, should nobody call `checkpoint`."""
@@ -178,6 +188,7 @@ class StateStore:
             record.created_at,
             record.expires_at,
             record.ended_at,
+            record.deadline,
         )
         with _coded(self._path, "write"):
             self._db.execute(_REPLACE, row)
@@ -268,6 +279,7 @@ class StateStore:
             created_at=row[8],
             expires_at=row[9],
             ended_at=row[10],
+            deadline=row[11],
         )
 
 

@@ -21,6 +21,7 @@ from shoal.api.app import Node, build_app
 from shoal.api.problems import Activity
 from shoal.api.tests.fakes import FakeShelf
 from shoal.errors import ShoalError, StartFailedError, from_problem
+from shoal.node.door_client import Ended, Probed
 from shoal.node.lifecycle import Exited
 from shoal.node.tests.fakes import World, until, world
 
@@ -121,7 +122,7 @@ BAD_SPECS: list[tuple[bytes, str, str]] = [
     (b'{"cpu": 1e999}', "", ""),
     (b'{"memory_mb": 5}', "memory_mb", "did you mean memory_mib?"),
     (b'{"imgae": "base"}', "imgae", "did you mean image?"),
-    (b'{"zzz": 1}', "zzz", "known: cpu"),
+    (b'{"zzz": 1}', "zzz", "known: command, cpu"),
     (b'{"cpu": "1"}', "cpu", ""),
     (b'{"cpu": true}', "cpu", ""),
     (b'{"cpu": null}', "cpu", ""),
@@ -226,7 +227,14 @@ async def test_the_data_plane_of_an_ended_sandbox_says_why(tmp_path: Path) -> No
         assert error.code == "node_unavailable"  # alive: it is the front door that does not know it
         one.world.keeper.on_exit(sandbox, Exited(oom_kills=1, wait_status=9))
         await one.call("DELETE", f"/v1/sandboxes/{sandbox}")
-        for path in ("execs", "execs/e/stream", "files", "files/content?path=/x"):
+        for path in (
+            "execs",
+            "execs/e/stream",
+            "files",
+            "files/content?path=/x",
+            "ports/80/wait?timeout=1",
+            "ports/80/connect",
+        ):
             error = await one.error("GET", f"/v1/sandboxes/{sandbox}/{path}")
             assert error.code == "sandbox_gone"
             assert error.details["reason"] == "oom"
@@ -240,6 +248,87 @@ async def test_a_start_that_fails_carries_its_story(tmp_path: Path) -> None:
         status, problem = await one.call("POST", "/v1/sandboxes", {})
         assert (status, problem["code"], problem["is_infra"]) == (500, "start_failed", True)
         assert problem["details"] == {"stage": "ready"}
+
+
+async def test_a_main_command_and_a_probe_over_http(tmp_path: Path) -> None:
+    async with api(tmp_path) as one:
+        door = one.world.door
+        door.answers = [Probed(ready=False, detail="refused"), Probed(ready=True)]
+        status, made = await one.call(
+            "POST",
+            "/v1/sandboxes",
+            {
+                "command": ["serve", "--port", "8000"],
+                "ready": {"port": 8000, "path": "/health", "interval": 0.01},
+                "public_ports": [8000],
+            },
+        )
+        assert status == 201
+        assert made["sandbox"]["public_ports"] == [8000]
+        assert door.started == [(made["sandbox"]["id"], "main", ["serve", "--port", "8000"])]
+        asked = types.Ready(port=8000, path="/health", interval=0.01)
+        assert door.probes == [(asked, "main")] * 2
+
+        over = Ended(outcome=types.Outcome.EXITED, exit_code=3)
+        door.answers = [Probed(ready=False, ended=over)]
+        status, problem = await one.call(
+            "POST", "/v1/sandboxes", {"command": ["serve"], "ready": {"port": 8000}}
+        )
+        assert (status, problem["code"], problem["is_infra"]) == (500, "start_failed", False)
+        assert problem["details"] == {"stage": "main", "outcome": "exited", "exit_code": 3}
+        assert not from_problem(problem).is_infra
+
+
+@pytest.mark.parametrize(
+    ("spec", "word"),
+    [
+        ({"command": "serve"}, "command"),
+        ({"command": [""]}, "command"),
+        ({"ready": 8000}, "ready"),
+        ({"ready": {"prot": 8000}}, "prot"),
+        ({"ready": {"port": 8000.5}}, "ready.port"),
+        ({"ready": {"port": 70_000}}, "ready.port"),
+        ({"ready": {"path": "/"}}, "ready"),
+        ({"public_ports": ["80"]}, "public_ports"),
+        ({"public_ports": [80, 80]}, "public_ports"),
+    ],
+)
+async def test_a_main_command_or_a_probe_that_cannot_be_is_named(
+    tmp_path: Path, spec: dict[str, Any], word: str
+) -> None:
+    async with api(tmp_path) as one:
+        error = await one.error("POST", "/v1/sandboxes", spec)
+        assert error.code == "invalid_argument"
+        assert word in error.message
+        assert one.world.steps.done == []
+
+
+async def test_ports_over_http(tmp_path: Path) -> None:
+    async with api(tmp_path) as one:
+        _, made = await one.call("POST", "/v1/sandboxes", {})
+        sandbox = f"/v1/sandboxes/{made['sandbox']['id']}"
+        status, info = await one.call("PUT", f"{sandbox}/ports/8000")
+        assert (status, info["public_ports"]) == (200, [8000])
+        assert one.world.door.public[info["id"]] == [8000]
+        status, again = await one.call("GET", sandbox)
+        assert again == info
+        for port in ("0", "65536", "x", "-1", "08.0", "٣"):
+            for method in ("PUT", "DELETE"):
+                error = await one.error(method, f"{sandbox}/ports/{port}")
+                assert error.code == "invalid_argument"
+                assert "port must be a number of 1 to 65535" in error.message
+        status, info = await one.call("DELETE", f"{sandbox}/ports/8000")
+        assert (status, info["public_ports"]) == (200, [])
+        assert one.world.door.public[info["id"]] == []
+
+        # Alive: it is the front door that does not know it.
+        for method, path in (("GET", "ports/80/wait"), ("POST", "ports/80/connect")):
+            assert (await one.error(method, f"{sandbox}/{path}")).code == "node_unavailable"
+        await one.call("DELETE", sandbox)
+        for method in ("PUT", "DELETE"):
+            assert (await one.error(method, f"{sandbox}/ports/80")).code == "sandbox_gone"
+            error = await one.error(method, "/v1/sandboxes/sb-nope/ports/80")
+            assert error.code == "sandbox_not_found"
 
 
 async def test_a_bug_of_ours_shows_nothing_of_itself(tmp_path: Path) -> None:

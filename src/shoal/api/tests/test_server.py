@@ -39,6 +39,7 @@ class KeeperPeer:
         self.unpacked: dict[str, str] = {}
         self.operations: list[str] = []
         self.pool_bytes = 64 << 30
+        self.listen: str | None = None
 
     async def serve(self) -> None:
         while True:
@@ -63,6 +64,9 @@ class KeeperPeer:
                     "cgroup": "v1",
                     "pool": pool,
                     "walls": {"x": 1},
+                    "listen": self.listen,
+                    "id_blocks": [0] if "claim_ids" in self.operations else [],
+                    "ids_per_block": 64,
                 }
             case "claim_ids":
                 return {"first": 0, "count": 64}
@@ -73,7 +77,16 @@ class KeeperPeer:
             case "destroy":
                 self.held.discard(request["sandbox"])
             case "list":
-                return {"sandboxes": [{"sandbox": one, "pid": 1} for one in self.held]}
+                alive = [
+                    {
+                        "sandbox": one,
+                        "pid": 1,
+                        "generation": 1,
+                        "socket": f"/agents/{one}.sock",
+                    }
+                    for one in sorted(self.held)
+                ]
+                return {"sandboxes": alive, "exited": [], "more": False}
             case "layer_unpack":
                 with os.fdopen(os.dup(fds[0]), "rb") as blob:
                     content = (
@@ -221,6 +234,26 @@ async def test_a_signal_ends_the_sandboxes_first_and_exits_with_0(
         assert "server_ready" in events
 
 
+@pytest.mark.parametrize(
+    ("listen", "options", "template"),
+    [
+        (None, (), None),
+        ("127.0.0.1:41234", (), "http://{port}-{id}.localhost:41234"),
+        ("[::1]:80", ("--port-domain", "sb.test"), "http://{port}-{id}.sb.test:80"),
+    ],
+)
+async def test_a_sandbox_tells_where_its_ports_are(
+    tmp_path: Path, listen: str | None, options: tuple[str, ...], template: str | None
+) -> None:
+    async with server(tmp_path, *options) as one, one.client() as client:
+        one.keeper.listen = listen
+        await add_image(client)
+        async with client.post("/v1/sandboxes", json={}) as response:
+            assert (await response.json())["url_template"] == template
+        one.process.terminate()
+        assert await one.exit_code() == 0
+
+
 async def test_a_stop_over_http_is_answered_and_exits_with_0(tmp_path: Path) -> None:
     async with server(tmp_path) as one, one.client() as client:
         await add_image(client)
@@ -281,25 +314,31 @@ async def test_a_keeper_that_dies_ends_the_server_with_1(tmp_path: Path) -> None
         assert await one.exit_code() == 1
 
 
-async def test_a_killed_server_finds_its_sandboxes_lost_and_its_images_kept(tmp_path: Path) -> None:
+async def test_a_server_that_was_killed_finds_its_sandboxes_again(tmp_path: Path) -> None:
     async with server(tmp_path) as one, one.client() as client:
         await add_image(client)
-        made = {await create(client) for _ in range(3)}
+        made = {await create(client, timeout=5) for _ in range(3)}
         one.process.kill()
         await one.exit_code()
     assert set(one.records().values()) == {("running", None)}
+    lost = min(made)
+    one.keeper.held.remove(lost)
+    one.keeper.held.add("sb-nobodys")
     async with server(tmp_path, keeper=one.keeper) as two, two.client() as client:
         async with client.get("/v1/sandboxes?all=true") as response:
             page = await response.json()
-        assert {each["id"]: each["reason"] for each in page["sandboxes"]} == dict.fromkeys(
-            made, "lost"
-        )
-        assert not two.keeper.held
-        sandbox = next(iter(made))
-        async with client.post(f"/v1/sandboxes/{sandbox}/execs", json={}) as response:
+        found = {each["id"]: (each["status"], each["reason"]) for each in page["sandboxes"]}
+        assert found == dict.fromkeys(made, ("running", None)) | {lost: ("stopped", "lost")}
+        assert two.keeper.held == made - {lost}
+        async with client.post(f"/v1/sandboxes/{lost}/execs", json={}) as response:
             problem = await response.json(content_type=None)
             assert (response.status, problem["details"]["reason"]) == (410, "lost")
+        first, second = made - {lost}
+        async with client.delete(f"/v1/sandboxes/{first}") as response:
+            assert (await response.json())["reason"] == "terminated"
         await create(client)
+        # The rest of its five seconds still ends it.
+        await until(lambda: two.records()[second] == ("stopped", "timeout"), within=10)
         two.process.terminate()
         assert await two.exit_code() == 0
 
@@ -323,6 +362,8 @@ async def test_state_of_a_newer_shoal_is_refused_before_the_node_is_ready(tmp_pa
         (("--start-timeout", "never"), 1, "start_timeout"),
         (("--max-sandboxes", "0"), 1, "max_sandboxes"),
         (("--overcommit-cpu", "nan"), 1, "overcommit_cpu"),
+        (("--listen", "0.0.0.0:80"), 1, "loopback"),
+        (("--port-domain", "a b"), 1, "port_domain"),
         (("--no-such-option", "1"), 2, "no-such-option"),
     ],
 )

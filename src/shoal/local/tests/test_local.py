@@ -253,6 +253,61 @@ def test_a_data_directory_that_a_node_uses_is_refused_before_anything_starts(
 
 
 @needs_root
+def test_the_node_is_told_where_to_listen_if_anywhere(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _stub(home, monkeypatch, "")
+    for listen, told in (("", []), ("127.0.0.1:0", ["--listen", "127.0.0.1:0"])):
+        argv, _ = serve.prepare(
+            data_dir=home / "data", run_dir=home / "run", pool_mib=300, listen=listen
+        )
+        assert [word for word in argv if word in ("--listen", "127.0.0.1:0")] == told
+
+
+@pytest.mark.parametrize(
+    ("given", "listen"),
+    [
+        ("", "127.0.0.1:0"),
+        ("none", ""),
+        ("127.8.0.1:65535", "127.8.0.1:65535"),
+        ("[::1]:8080", "[::1]:8080"),
+    ],
+)
+def test_where_to_listen_is_a_loopback_address_or_nowhere(
+    monkeypatch: pytest.MonkeyPatch, given: str, listen: str
+) -> None:
+    monkeypatch.setenv("SHOAL_LISTEN", given)
+    assert node.settings().listen == listen
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ("0.0.0.0:80", "loopback"),
+        ("[::]:80", "loopback"),
+        ("8.8.8.8:80", "loopback"),
+        ("localhost:80", "IP address"),
+        ("127.0.0.1", "IP address"),
+        ("::1:80", "IP address"),
+        ("[127.0.0.1]:80", "IP address"),
+        ("[::1%lo]:80", "IP address"),
+        ("127.0.0.1:", "IP address"),
+        ("127.0.0.1:65536", "IP address"),
+        ("127.0.0.1:-1", "IP address"),
+        ("127.0.0.1: 80", "IP address"),
+        ("127.0.0.1:٣", "IP address"),
+        (":80", "IP address"),
+    ],
+)
+def test_where_nobody_can_or_may_listen_is_refused(
+    monkeypatch: pytest.MonkeyPatch, given: str, word: str
+) -> None:
+    monkeypatch.setenv("SHOAL_LISTEN", given)
+    with pytest.raises(InvalidArgumentError, match=f"SHOAL_LISTEN.*{word}"):
+        node.settings()
+
+
+@needs_root
 def test_a_path_too_long_for_sockets_is_refused(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ import anyio.lowlevel
 
 from shoal.errors import ImageNotFoundError
 from shoal.node.admission import Admission, Overcommit, Resources
-from shoal.node.door_client import Attached, Process
+from shoal.node.door_client import Attached, Probed, Process
 from shoal.node.engine import Engine, EngineConfig
-from shoal.node.keeper_client import Created, IdBlock
+from shoal.node.keeper_client import Alive, Created, Held, IdBlock
 from shoal.node.lifecycle import Exited
 from shoal.node.secret import NodeSecret
 from shoal.node.slots import Slots
 from shoal.state import StateStore
-from shoal.types import ImageInfo, Reason
+from shoal.types import ImageInfo, Ready, Reason
 
 IMAGE = ImageInfo(
     name="base",
@@ -70,6 +70,7 @@ class FakeKeeper:
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
         self.held: dict[str, dict[str, Any]] = {}
+        self.exited: dict[str, Exited] = {}
         self.most_at_once = 0
         self.claimed = 0
         self._at_once = 0
@@ -103,8 +104,9 @@ class FakeKeeper:
         self.claimed += 1
         return IdBlock(first=(self.claimed - 1) * 1000, count=1000)
 
-    async def sandboxes(self) -> list[str]:
-        return list(self.held)
+    async def sandboxes(self) -> Held:
+        alive = {one: Alive(sandbox=one, socket=f"/agents/{one}.sock") for one in self.held}
+        return Held(alive=alive, exited=dict(self.exited))
 
 
 class FakeDoor:
@@ -115,23 +117,63 @@ class FakeDoor:
         self.attached: dict[str, tuple[str, Process]] = {}
         self.reasons: dict[str, Reason | None] = {}
         """What a detach said, by sandbox."""
+        self.public: dict[str, list[int]] = {}
+        """Ports that need no token, by sandbox."""
+        self.started: list[tuple[str, str, list[str]]] = []
+        """Main commands: sandbox, exec id, words."""
+        self.probes: list[tuple[Ready, str | None]] = []
+        """What was asked, and whose end was to be told."""
+        self.answers: list[Probed] = []
+        """What the next probes see; the last one stays."""
         self.generation = 1
         self.on_connect: Callable[[], None] = lambda: None
         self.on_lost: Callable[[str, str], None] = lambda _sandbox, _message: None
 
     async def attach(
-        self, sandbox: str, *, socket: str, token: str, process: Process, deadline: float
+        self,
+        sandbox: str,
+        *,
+        socket: str,
+        token: str,
+        process: Process,
+        public_ports: Sequence[int],
+        deadline: float,
     ) -> Attached:
         assert socket.endswith(f"{sandbox}.sock")
         assert deadline > 0
         self.attached[sandbox] = (token, process)
+        public = list(public_ports)
         await self.steps.take("attach")
+        self.public[sandbox] = public
         return Attached(generation=self.generation)
 
     async def detach(self, sandbox: str, *, reason: Reason | None = None) -> None:
         self.attached.pop(sandbox, None)
+        self.public.pop(sandbox, None)
         self.reasons[sandbox] = reason
         await self.steps.take("detach")
+
+    async def publish(self, sandbox: str, public_ports: Sequence[int]) -> None:
+        public = list(public_ports)
+        await self.steps.take("publish")
+        self.public[sandbox] = public
+
+    async def exec(
+        self, sandbox: str, exec_id: str, argv: Sequence[str], *, deadline: float
+    ) -> None:
+        assert sandbox in self.attached
+        assert deadline > 0
+        await self.steps.take("exec")
+        self.started.append((sandbox, exec_id, list(argv)))
+
+    async def probe(
+        self, sandbox: str, ready: Ready, *, main: str | None, deadline: float
+    ) -> Probed:
+        assert sandbox in self.attached
+        assert 0 < deadline <= ready.timeout
+        self.probes.append((ready, main))
+        await self.steps.take("probe")
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
 
 class FakeImages:
@@ -144,7 +186,7 @@ class FakeImages:
 
     @asynccontextmanager
     async def pin(self, reference: str) -> AsyncIterator[ImageInfo]:
-        if reference != "base":
+        if reference not in ("base", IMAGE.digest):
             raise ImageNotFoundError(f"no image {reference!r}", hint="the node has: base")
         await self.steps.take("pin")
         self.pins += 1

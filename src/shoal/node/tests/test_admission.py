@@ -11,11 +11,11 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from shoal.errors import InvalidArgumentError, ResourceExhaustedError
+from shoal.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
 from shoal.node.admission import Floor, Overcommit, Resources, check_user, host_resources
 from shoal.node.slots import FIRST_ID, IDS_PER_SLOT, Slots, first_host_id
 from shoal.node.tests.fakes import HOST, admission
-from shoal.types import SandboxSpec
+from shoal.types import Ready, SandboxSpec
 
 
 @pytest.mark.parametrize("field", ["cpu", "memory_mib", "disk_mib", "pids", "timeout"])
@@ -83,6 +83,73 @@ def test_a_spec_as_large_as_the_host_is_fine() -> None:
 def test_words_that_cannot_be(changes: dict[str, Any], word: str) -> None:
     with pytest.raises(InvalidArgumentError, match=word):
         admission().check(SandboxSpec(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"command": []}, "command"),
+        ({"command": ["", "x"]}, "command"),
+        ({"command": ["a\0b"]}, "command"),
+        ({"command": ["echo", "\0"]}, "command"),
+        ({"command": ["echo", "x" * 200_000]}, "command"),
+        ({"ready": Ready()}, "ready"),
+        ({"ready": Ready(path="/")}, "ready"),
+        ({"ready": Ready(port=80, command=["true"])}, "ready"),
+        ({"ready": Ready(port=80, path="/", command=["true"])}, "ready"),
+        ({"ready": Ready(command=["true"], path="/")}, "ready.path"),
+        ({"ready": Ready(command=[])}, "ready.command"),
+        ({"ready": Ready(command=["a\0"])}, "ready.command"),
+        ({"ready": Ready(port=0)}, "ready.port"),
+        ({"ready": Ready(port=-1)}, "ready.port"),
+        ({"ready": Ready(port=65_536)}, "ready.port"),
+        ({"ready": Ready(port=80, path="")}, "ready.path"),
+        ({"ready": Ready(port=80, path="health")}, "ready.path"),
+        ({"ready": Ready(port=80, path="http://10.0.0.1/")}, "ready.path"),
+        ({"ready": Ready(port=80, path="/a b")}, "ready.path"),
+        ({"ready": Ready(port=80, path="/\r\nX: y")}, "ready.path"),
+        ({"ready": Ready(port=80, path="/\n")}, "ready.path"),
+        ({"ready": Ready(port=80, path="/é")}, "ready.path"),
+        ({"ready": Ready(port=80, path="/" + "x" * 4096)}, "ready.path"),
+        ({"ready": Ready(port=80, interval=0.001)}, "ready.interval"),
+        ({"ready": Ready(port=80, interval=-1)}, "ready.interval"),
+        ({"ready": Ready(port=80, interval=math.nan)}, "ready.interval"),
+        ({"ready": Ready(port=80, timeout=0)}, "ready.timeout"),
+        ({"ready": Ready(port=80, timeout=-1)}, "ready.timeout"),
+        ({"ready": Ready(port=80, timeout=math.inf)}, "ready.timeout"),
+        ({"ready": Ready(port=80, timeout=3601)}, "ready.timeout"),
+        ({"public_ports": [0]}, "public_ports"),
+        ({"public_ports": [65_536]}, "public_ports"),
+        ({"public_ports": [80, 81, 80]}, "public_ports"),
+        ({"public_ports": list(range(1, 258))}, "public_ports"),
+    ],
+    ids=str,
+)
+def test_a_main_command_a_probe_or_ports_that_cannot_be(
+    changes: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=field.replace(".", r"\.")) as caught:
+        admission().check(SandboxSpec(**changes))
+    assert caught.value.details["field"] == field
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"command": ["true"]},
+        {"command": ["sh", "-c", "", "é"]},
+        {"ready": Ready.on_port(1)},
+        {"ready": Ready.on_port(65_535, interval=0.01, timeout=3600)},
+        {"ready": Ready.on_http(8000)},
+        {"ready": Ready.on_http(8000, "/a/b?c=d%20e")},
+        {"ready": Ready.on_command(("pg_isready", "-q"))},
+        {"public_ports": [1, 65_535]},
+        {"public_ports": list(range(1, 257))},
+    ],
+    ids=str,
+)
+def test_a_main_command_a_probe_or_ports_that_can_be(changes: dict[str, Any]) -> None:
+    admission().check(SandboxSpec(**changes))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +284,31 @@ def test_the_host_is_read_from_proc(tmp_path: Path) -> None:
     assert host.cpu >= 1
     assert host_resources(disk_mib=1, reserve_memory_mib=0).memory_mib > 0
     assert HOST.cpu == 4.0
+
+
+def test_a_slot_of_an_earlier_life_is_nobody_elses_until_it_is_given_back() -> None:
+    slots = Slots()
+    slots.add(0, 4)
+    with slots.held(1):
+        assert [slots.take() for _ in range(3)] == [0, 2, 3]
+        assert slots.take() is None
+        with pytest.raises(InternalError), slots.held(1):
+            pass
+    assert slots.taken == 3
+    assert (slots.take(), slots.take()) == (1, None)
+    with slots.held(7):
+        pass
+    assert (slots.take(), slots.take()) == (7, None)
+
+
+def test_what_is_there_already_counts_whether_or_not_there_is_room() -> None:
+    full = admission(max_sandboxes=1)
+    spec = SandboxSpec(cpu=4.0)
+    with full.hold(spec), full.hold(spec):
+        assert full.reserved.cpu == 8.0
+        with pytest.raises(ResourceExhaustedError), full.reserve(SandboxSpec()):
+            pass
+    assert full.reserved.cpu == 0.0
 
 
 def test_slots_are_the_smallest_free_and_never_overlap() -> None:

@@ -13,9 +13,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from shoal.errors import NodeUnavailableError, StartFailedError, StartTimeoutError
-from shoal.node.door_client import DoorClient, Process
+from shoal.node.door_client import DoorClient, Ended, Probed, Process
 from shoal.node.tests.fakes import until
-from shoal.types import Reason
+from shoal.types import Outcome, Ready, Reason
 
 PROCESS = Process(env=["A=b"], cwd="/", user="")
 
@@ -67,7 +67,9 @@ READY = {"ok": {"generation": 1, "version": 1, "ready_us": 80}}
 async def test_attach_and_detach(tmp_path: Path) -> None:
     door = FakeDoorServer(tmp_path / "door.sock", {"attach": READY, "detach": {"ok": {}}})
     async with door.running(), connected(door.path) as client:
-        ready = await client.attach("sb-a", socket="/a", token="t", process=PROCESS, deadline=1)
+        ready = await client.attach(
+            "sb-a", socket="/a", token="t", process=PROCESS, public_ports=[], deadline=1
+        )
         assert ready.generation == 1
         await client.detach("sb-a", reason=Reason.OOM)
         assert [one["op"] for one in door.requests] == ["attach", "detach"]
@@ -75,7 +77,152 @@ async def test_attach_and_detach(tmp_path: Path) -> None:
         assert first["process"] == {"env": ["A=b"], "cwd": "/", "user": ""}
         assert first["deadline_ms"] == 1000
         assert (first["socket"], first["token"]) == ("/a", "t")
+        assert "public_ports" not in first
         assert door.requests[1]["reason"] == "oom"
+
+
+async def test_public_ports_are_told_when_attaching_and_afterwards(tmp_path: Path) -> None:
+    door = FakeDoorServer(tmp_path / "door.sock", {"attach": READY, "ports": {"ok": {}}})
+    async with door.running(), connected(door.path) as client:
+        await client.attach(
+            "sb-a", socket="/a", token="t", process=PROCESS, public_ports=[80, 443], deadline=1
+        )
+        await client.publish("sb-a", [80])
+        await client.publish("sb-a", [])
+        assert door.requests[0]["public_ports"] == [80, 443]
+        assert [one | {"id": 0} for one in door.requests[1:]] == [
+            {"id": 0, "op": "ports", "sandbox": "sb-a", "public_ports": [80]},
+            {"id": 0, "op": "ports", "sandbox": "sb-a", "public_ports": []},
+        ]
+        door.answers["ports"] = {"error": {"code": "unknown_sandbox", "message": "no sb-a"}}
+        with pytest.raises(NodeUnavailableError, match="no sb-a"):
+            await client.publish("sb-a", [80])
+
+
+async def test_a_publish_waits_for_a_silent_front_door_only_so_long_and_for_none_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.node.door_client._QUICK", 0.03)
+    door = FakeDoorServer(tmp_path / "door.sock", {"ports": None})
+    async with connected(door.path) as client:
+        await client.publish("sb-a", [80])
+        async with door.running():
+            await until(lambda: door.writers)
+            with pytest.raises(NodeUnavailableError, match="silent"):
+                await client.publish("sb-a", [80])
+
+
+async def test_a_main_command_is_started(tmp_path: Path) -> None:
+    door = FakeDoorServer(tmp_path / "door.sock", {"exec": {"ok": {"pid": 7}}})
+    async with door.running(), connected(door.path) as client:
+        await client.exec("sb-a", "main", ["sleep", "9"], deadline=1)
+        [request] = door.requests
+        assert request | {"id": 0} == {
+            "id": 0,
+            "op": "exec",
+            "sandbox": "sb-a",
+            "exec_id": "main",
+            "argv": ["sleep", "9"],
+            "deadline_ms": 1000,
+        }
+
+
+@pytest.mark.parametrize(
+    ("error", "details", "infra", "advice"),
+    [
+        (
+            {"code": "not_started", "message": "exec: ENOENT", "errno": 2, "stage": "exec"},
+            {"stage": "main", "errno": 2, "exec_stage": "exec"},
+            False,
+            "PATH",
+        ),
+        (
+            {"code": "not_started", "message": "exec: EACCES", "errno": 13, "stage": "exec"},
+            {"stage": "main", "errno": 13, "exec_stage": "exec"},
+            False,
+            "chmod",
+        ),
+        (
+            {"code": "not_started", "message": "cwd: ENOTDIR"},
+            {"stage": "main"},
+            False,
+            "try it with exec",
+        ),
+        ({"code": "unknown_sandbox", "message": "gone"}, {"stage": "main"}, True, ""),
+    ],
+)
+async def test_a_main_command_that_does_not_start_says_why(
+    tmp_path: Path, error: dict[str, Any], details: dict[str, Any], infra: bool, advice: str
+) -> None:
+    door = FakeDoorServer(tmp_path / "door.sock", {"exec": {"error": error}})
+    async with door.running(), connected(door.path) as client:
+        with pytest.raises(StartFailedError, match=error["message"]) as caught:
+            await client.exec("sb-a", "main", ["nope"], deadline=1)
+        assert (caught.value.details, caught.value.is_infra) == (details, infra)
+        assert advice in caught.value.hint
+
+
+async def test_a_main_command_of_which_nothing_is_heard_is_a_start_timeout(tmp_path: Path) -> None:
+    door = FakeDoorServer(tmp_path / "door.sock", {"exec": None})
+    async with door.running(), connected(door.path) as client:
+        with pytest.raises(StartTimeoutError, match=r"within 0\.03 s") as caught:
+            await client.exec("sb-a", "main", ["sleep"], deadline=0.03)
+        assert (caught.value.details, caught.value.is_infra) == ({"stage": "main"}, True)
+
+
+@pytest.mark.parametrize(
+    ("ready", "probe"),
+    [
+        (Ready.on_port(80), {"port": 80}),
+        (Ready.on_http(80, "/health"), {"port": 80, "path": "/health"}),
+        (Ready.on_command(["pg_isready", "-q"]), {"command": ["pg_isready", "-q"]}),
+    ],
+)
+async def test_a_probe_is_one_question_and_one_answer(
+    tmp_path: Path, ready: Ready, probe: dict[str, Any]
+) -> None:
+    over = {"outcome": "signaled", "exit_code": None, "signal": 11, "stderr_tail": "ouch\n"}
+    door = FakeDoorServer(
+        tmp_path / "door.sock", {"probe": {"ok": {"ready": True, "detail": "", "ended": None}}}
+    )
+    async with door.running(), connected(door.path) as client:
+        assert await client.probe("sb-a", ready, main=None, deadline=0.5) == Probed(ready=True)
+        door.answers["probe"] = {"ok": {"ready": False, "detail": "refused", "ended": over}}
+        assert await client.probe("sb-a", ready, main="main", deadline=0.5) == Probed(
+            ready=False,
+            detail="refused",
+            ended=Ended(outcome=Outcome.SIGNALED, signal=11, stderr_tail="ouch\n"),
+        )
+        asked = {"op": "probe", "sandbox": "sb-a", "probe": probe, "deadline_ms": 500}
+        assert [one | {"id": 0} for one in door.requests] == [
+            {"id": 0, "main": None, **asked},
+            {"id": 0, "main": "main", **asked},
+        ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ({"error": {"code": "unknown_sandbox", "message": "no sb-a"}}, StartFailedError),
+        ({"ok": {"ready": "perhaps"}}, StartFailedError),
+        ({"ok": {"ready": False, "ended": {"outcome": "bored"}}}, StartFailedError),
+        (None, StartTimeoutError),
+    ],
+)
+async def test_a_probe_that_cannot_be_made_is_an_error_and_no_no(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: dict[str, Any] | None,
+    kind: type[StartFailedError],
+) -> None:
+    monkeypatch.setattr("shoal.node.door_client._PROBE_GRACE", 0.0)
+    door = FakeDoorServer(tmp_path / "door.sock", {"probe": answer})
+    async with door.running(), connected(door.path) as client:
+        deadline = 0.03 if answer is None else 5.0
+        with pytest.raises(kind) as caught:
+            await client.probe("sb-a", Ready.on_port(80), main=None, deadline=deadline)
+        assert caught.value.details["stage"] == "ready"
+        assert caught.value.is_infra
 
 
 @pytest.mark.parametrize(
@@ -95,7 +242,9 @@ async def test_an_attach_that_fails(
     door = FakeDoorServer(tmp_path / "door.sock", {"attach": answer})
     async with door.running(), connected(door.path) as client:
         with pytest.raises(kind):
-            await client.attach("sb-a", socket="/a", token="t", process=PROCESS, deadline=1)
+            await client.attach(
+                "sb-a", socket="/a", token="t", process=PROCESS, public_ports=[], deadline=1
+            )
 
 
 async def test_what_comes_unasked_reaches_the_listener_or_the_log(tmp_path: Path) -> None:
@@ -129,7 +278,9 @@ async def test_what_comes_unasked_reaches_the_listener_or_the_log(tmp_path: Path
         ]
         assert logged[2]["error"] == "request: eof"
         # The reader lives on.
-        await client.attach("sb-a", socket="/a", token="t", process=PROCESS, deadline=1)
+        await client.attach(
+            "sb-a", socket="/a", token="t", process=PROCESS, public_ports=[], deadline=1
+        )
 
 
 async def test_no_front_door_within_the_deadline_is_a_start_timeout(
@@ -138,7 +289,9 @@ async def test_no_front_door_within_the_deadline_is_a_start_timeout(
     monkeypatch.setattr("shoal.node.door_client._GRACE", 0.0)
     async with connected(tmp_path / "door.sock") as client:
         with pytest.raises(StartTimeoutError):
-            await client.attach("sb-a", socket="/a", token="t", process=PROCESS, deadline=0.03)
+            await client.attach(
+                "sb-a", socket="/a", token="t", process=PROCESS, public_ports=[], deadline=0.03
+            )
         await client.detach("sb-a")  # nobody serves it
 
 
@@ -154,7 +307,12 @@ async def test_a_front_door_that_comes_late_or_again_is_found_and_announced(tmp_
                 async def attach() -> None:
                     with anyio.fail_after(5):
                         await client.attach(
-                            "sb-a", socket="/a", token="t", process=PROCESS, deadline=5
+                            "sb-a",
+                            socket="/a",
+                            token="t",
+                            process=PROCESS,
+                            public_ports=[],
+                            deadline=5,
                         )
 
                 tasks.start_soon(attach)
@@ -171,7 +329,9 @@ async def test_a_call_that_waits_fails_when_the_front_door_goes_away(tmp_path: P
 
         async def attach() -> None:
             with pytest.raises(NodeUnavailableError):
-                await client.attach("sb-a", socket="/a", token="t", process=PROCESS, deadline=5)
+                await client.attach(
+                    "sb-a", socket="/a", token="t", process=PROCESS, public_ports=[], deadline=5
+                )
 
         async with door.running():
             tasks.start_soon(attach)

@@ -114,9 +114,26 @@ async def test_a_silent_keeper_ends_in_a_deadline_and_its_late_answer_is_dropped
         request, _ = await peer.receive()
         peer.send({"id": request["id"], "ok": {}})
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(peer.serve, lambda _request, _fds: {"ok": {"sandboxes": []}})
-            assert await client.sandboxes() == []
+            tasks.start_soon(peer.serve, lambda _request, _fds: {"ok": {"layers": []}})
+            assert await KeeperLayers(client).list() == []
             tasks.cancel_scope.cancel()
+
+
+async def test_a_long_list_of_sandboxes_comes_in_pages() -> None:
+    ids = [f"sb-{number:04}" for number in range(700)]
+
+    def answer(request: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
+        rest = [one for one in ids if one > request["after"]]
+        page = [{"sandbox": one, "pid": 1, "socket": f"/{one}"} for one in rest[:256]]
+        more = len(rest) > len(page)
+        exited = [] if more else [{"sandbox": "sb-x", "oom_kills": 1, "status": 9}]
+        return {"ok": {"sandboxes": page, "exited": exited, "more": more}}
+
+    async with answering(answer) as client:
+        held = await client.sandboxes()
+    assert list(held.alive) == ids
+    assert held.alive["sb-0699"].socket == "/sb-0699"
+    assert held.exited == {"sb-x": Exited(oom_kills=1, wait_status=9)}
 
 
 async def test_events_reach_the_listener_and_its_bugs_do_not_stop_the_reader() -> None:

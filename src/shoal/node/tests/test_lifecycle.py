@@ -10,6 +10,7 @@ from shoal.node.lifecycle import (
     Event,
     Exited,
     FoundAfterRestart,
+    FoundAlive,
     IllegalTransitionError,
     Instruction,
     Life,
@@ -27,6 +28,7 @@ EVENTS: tuple[Event, ...] = (
     Exited(oom_kills=0, wait_status=9),
     TornDown(),
     FoundAfterRestart(),
+    FoundAlive(),
 )
 ILLEGAL = [
     (status, event)
@@ -112,6 +114,27 @@ def test_a_guest_agent_that_ends_by_itself(
 def test_what_was_alive_before_a_restart_is_lost(status: Status) -> None:
     one, todo = step(life(status), FoundAfterRestart())
     assert (one.status, one.reason, todo) == (Status.STOPPED, Reason.LOST, (Instruction.SAVE,))
+
+
+@pytest.mark.parametrize("status", [Status.RUNNING, Status.PAUSED])
+def test_what_is_found_alive_goes_on_as_it_was_with_a_timer_of_its_own(status: Status) -> None:
+    one, todo = step(life(status), FoundAlive())
+    assert (one.status, one.reason, todo) == (status, None, (Instruction.ARM_TIMER,))
+
+
+def test_what_is_found_alive_in_the_middle_of_its_start_is_given_up() -> None:
+    one, todo = step(life(Status.CREATING), FoundAlive())
+    assert (one.status, one.reason) == (Status.STOPPING, Reason.FAILED_TO_START)
+    assert one.reason is not None
+    assert one.reason.is_infra
+    # Unlike an aborted start's: no task is under way that would report its end.
+    assert todo[-1] is Instruction.TEAR_DOWN
+
+
+def test_what_is_found_alive_in_the_middle_of_its_end_ends_for_the_reason_it_had() -> None:
+    one, todo = step(life(Status.STOPPING, Reason.TIMEOUT), FoundAlive())
+    assert (one.status, one.reason) == (Status.STOPPING, Reason.TIMEOUT)
+    assert todo == (Instruction.TEAR_DOWN,)
 
 
 def test_the_story_is_bounded() -> None:
