@@ -11,12 +11,14 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
+    Callable,
     Coroutine,
+    Iterator,
     Mapping,
     Sequence,
 )
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiohttp
 import msgspec
@@ -30,6 +32,10 @@ from shoal.errors import (
     from_problem,
 )
 
+if TYPE_CHECKING:
+    from shoal.sdk._receipts import Receipts
+    from shoal.sdk._tunnel import Line
+
 T = TypeVar("T")
 Query = Mapping[str, str] | Sequence[tuple[str, str]]
 
@@ -37,6 +43,14 @@ CALL_DEADLINE = 60.0
 """Seconds for a call that only asks or tells."""
 CONNECT_DEADLINE = 10.0
 """Seconds for a connection to be accepted."""
+START_DEADLINE = 60.0
+"""Seconds for a sandbox to come up, and for a command to start."""
+CLEANUP_DEADLINE = 15.0
+"""Seconds that ending a sandbox may take when its `with` block is left, and killing a command."""
+TRANSFER_DEADLINE = 3600.0
+"""Seconds for one file or tree to move."""
+RETRY_FOR = 8.0
+"""Seconds for which a call that may be made twice is tried again while the node restarts."""
 _CONTROL_CONNECTIONS = 100
 """Short calls at once. Streams have a pool of their own: a long exec must not keep a kill from being sent."""
 _PIECE = 1 << 18
@@ -115,6 +129,10 @@ class Client:
         self.base_lock = asyncio.Lock()
         """Held while the `base` image is being built."""
         self._base = "http://shoal" if address.socket else address.url
+        self.lines: list[Line] = []
+        """Kept connections that nobody uses now."""
+        self.receipts: weakref.WeakSet[Receipts] = weakref.WeakSet()
+        """What is read of execs through this client."""
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
         """Made when first used, so that a client without a request has nothing to close."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -150,6 +168,9 @@ class Client:
             task.cancel()
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=1.0)
+        for line in self.lines:
+            line.close()
+        self.lines.clear()
         for session in self._sessions.values():
             await session.close()
 
@@ -173,6 +194,7 @@ class Client:
         deadline: float | None = CALL_DEADLINE,
         stream: bool = False,
         headers: Mapping[str, str] | None = None,
+        again: bool | None = None,
     ) -> T:
         """One request with one JSON answer, decoded as `kind`; `NoneType` for an answer without a body.
 
@@ -187,27 +209,34 @@ class Client:
             deadline: Seconds for all of it; None only where the caller bounds it.
             stream: Use the pool for long transfers.
             headers: More headers.
+            again: Making it twice is as good as once, so it is tried again while the node restarts. None:
+                that is so for GET.
 
         Raises:
             DeadlineExceededError: The deadline passed; whether the node acted is not known.
             NodeUnavailableError: Nobody answers, or the node went away in the middle.
             ShoalError: What the node said.
         """
+
+        async def once() -> bytes:
+            async with self.open(
+                method,
+                path,
+                query=query,
+                body=body,
+                data=data,
+                token=token,
+                stream=stream,
+                headers=headers,
+            ) as response:
+                return await response.read()
+
         try:
-            async with (
-                asyncio.timeout(deadline),
-                self.open(
-                    method,
-                    path,
-                    query=query,
-                    body=body,
-                    data=data,
-                    token=token,
-                    stream=stream,
-                    headers=headers,
-                ) as response,
-            ):
-                raw = await response.read()
+            async with asyncio.timeout(deadline):
+                if again if again is not None else method == "GET":
+                    raw = await patiently(once)
+                else:
+                    raw = await once()
         except TimeoutError as error:
             raise DeadlineExceededError(
                 f"no answer within {deadline:g} s: {method} {path}"
@@ -311,6 +340,33 @@ class Client:
         return NodeUnavailableError(f"no node answers at {where}: {error}", hint=hint)
 
 
+def pauses(patience: float = RETRY_FOR) -> Iterator[float]:
+    """Seconds to wait between tries: they grow, and their sum stays below `patience`."""
+    pause, left = 0.05, patience
+    while (left := left - pause) > 0:
+        yield pause
+        pause = min(pause * 2, 1.0)
+
+
+async def patiently(work: Callable[[], Coroutine[Any, Any, T]], patience: float = RETRY_FOR) -> T:
+    """Do what may be done twice, again and again while the node restarts.
+
+    A node that nobody runs is not waited for: while one restarts, its sockets stay open.
+
+    Raises:
+        NodeUnavailableError: It stayed away.
+    """
+    waits = pauses(patience)
+    while True:
+        try:
+            return await work()
+        except NodeUnavailableError as error:
+            pause = next(waits, None)
+            if pause is None or isinstance(error.__cause__, aiohttp.ClientConnectorError):
+                raise
+        await asyncio.sleep(pause)
+
+
 async def _watched(data: AsyncIterable[bytes], broken: list[Exception]) -> AsyncGenerator[bytes]:
     """`data`; what it raises is kept, because aiohttp tells it as a failure of the connection."""
     try:
@@ -362,6 +418,11 @@ def quote(part: str) -> str:
         return urllib.parse.quote(part, safe="")
     except UnicodeEncodeError as error:
         raise _not_utf8(part) from error
+
+
+def flag(value: bool) -> str:
+    """A truth value in a query."""
+    return "true" if value else "false"
 
 
 def _not_utf8(text: str) -> InvalidArgumentError:

@@ -14,10 +14,12 @@ CHUNK = 1 << 20
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
-"""Called with the bytes moved so far."""
+"""Called with the bytes of file content moved so far, which add up to what `measure` says."""
+Pieces = Iterator[tuple[bytes, int]]
+"""Bytes to send, each time with how many of them are content of files."""
 
 
-def pack(source: str, name: str = "", *, whole: bool = False) -> Iterator[bytes]:
+def pack(source: str, name: str = "", *, whole: bool = False) -> Pieces:
     """Tar `source`, a chunk at a time.
 
     Links are packed as links. Sockets, devices and FIFOs are left out.
@@ -31,7 +33,7 @@ def pack(source: str, name: str = "", *, whole: bool = False) -> Iterator[bytes]
     Raises:
         OSError: A file cannot be read, or shrank while it was.
     """
-    buffer = bytearray()
+    buffer, fresh = bytearray(), 0
     seen: dict[tuple[int, int], str] = {}
     for path, member, status in _walk(source, name):
         info, content = _member(path, member, status, whole, seen)
@@ -45,14 +47,17 @@ def pack(source: str, name: str = "", *, whole: bool = False) -> Iterator[bytes]
                         raise OSError(f"{path} became shorter while it was read")
                     left -= len(block)
                     buffer += block
+                    fresh += len(block)
                     if len(buffer) >= CHUNK:
-                        yield bytes(buffer)
+                        yield bytes(buffer), fresh
                         buffer.clear()
+                        fresh = 0
             buffer += bytes(-info.size % 512)
         if len(buffer) >= CHUNK:
-            yield bytes(buffer)
+            yield bytes(buffer), fresh
             buffer.clear()
-    yield bytes(buffer + bytes(1024))
+            fresh = 0
+    yield bytes(buffer + bytes(1024)), fresh
 
 
 def measure(source: str, name: str = "") -> int:
@@ -132,13 +137,11 @@ def _xattrs(path: str) -> dict[str, str]:
         return {}  # a file system without them
 
 
-async def in_thread(
-    chunks: Iterator[bytes], progress: Progress | None = None
-) -> AsyncIterator[bytes]:
-    """`chunks`, each made in a worker thread, so that a slow disk stops nobody else."""
+async def in_thread(pieces: Pieces, progress: Progress | None = None) -> AsyncIterator[bytes]:
+    """`pieces`, each made in a worker thread, so that a slow disk stops nobody else."""
     done = 0
-    while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
-        yield chunk
-        done += len(chunk)
+    while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+        yield piece[0]
+        done += piece[1]
         if progress is not None:
             progress(done)

@@ -20,7 +20,7 @@ import os
 import select
 import selectors
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
 from shoal.sdk import _client
@@ -115,6 +115,25 @@ def run(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         future.cancel()
         _settle(portal)
         raise
+
+
+def iterate(make: Callable[[], AsyncGenerator[T]]) -> Generator[T]:
+    """Give what the async generator of `make` gives.
+
+    It is closed when this one is: at its end, by `close`, or when it is dropped half-read.
+    """
+    source, portal, end = make(), _get(), object()
+
+    async def step() -> T | object:
+        return await anext(source, end)
+
+    try:
+        while (item := run(step)) is not end:
+            yield item  # type: ignore[misc]  # only the end is no T
+    finally:
+        # Not waited for: the thread that drops a generator may be any, the portal's own too.
+        if portal.thread.is_alive() and not portal.closing:
+            asyncio.run_coroutine_threadsafe(source.aclose(), portal.loop)
 
 
 def _settle(portal: _Portal) -> None:

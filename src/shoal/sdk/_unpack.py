@@ -120,7 +120,7 @@ class Unpacker:
     rename: str | None = None
     max_bytes: int | None = None
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    """Members left out, each with the reason: links that point outside, devices, FIFOs, sockets."""
+    """What was left out here or by the packer, each with the reason: links that point outside, devices, …"""
     written: int = 0
     """Bytes of file content so far."""
     members: int = 0
@@ -199,7 +199,9 @@ class Unpacker:
                 if member.size > _MAX_HEADER:
                     raise UnsafeArchiveError("extended tar header too long")
                 raw = (yield from self._exactly(member.size + -member.size % _BLOCK))[: member.size]
-                if member.kind == "x":
+                if member.kind == "g":
+                    self._comment(_pax(raw).get("comment", b""))
+                elif member.kind == "x":
                     pax = _pax(raw)
                 elif member.kind == "L":
                     long_name = raw.rstrip(b"\0")
@@ -221,6 +223,12 @@ class Unpacker:
                 member.mtime = 0.0
             pax, long_name, long_link = {}, None, None
             yield from self._take(member)
+
+    def _comment(self, text: bytes) -> None:
+        """Take note of what the sandbox's packer left out: `left out, WHY: PATH`."""
+        why, colon, path = text.removeprefix(b"left out, ").partition(b": ")
+        if colon and text.startswith(b"left out, "):
+            self.skipped.append((_show(path), _show(why)))
 
     def _exactly(self, count: int) -> Generator[tuple[int, bool], bytes, bytes]:
         return (yield count, False) if count else b""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -11,7 +12,7 @@ import stat
 import tarfile
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,19 +21,24 @@ from aiohttp import web
 
 from shoal.errors import (
     AuthenticationError,
+    ConflictError,
+    DeadlineExceededError,
     ExecNotFoundError,
     ImageNotFoundError,
     PathError,
     PathNotFoundError,
+    PortUnreachableError,
     SandboxGoneError,
     SandboxNotFoundError,
     ShoalError,
 )
 from shoal.sdk._frames import Kind, frame
+from shoal.sdk._tunnel import splice
 from shoal.types import (
     ExecExit,
     ExecRequest,
     ExecStarted,
+    ExecState,
     FileInfo,
     FilePage,
     ImageInfo,
@@ -59,6 +65,10 @@ class FakeExec:
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     open_outputs: int = 2
     end: ExecExit | None = None
+    detached: bool = False
+    consumed: dict[Kind, int] = field(default_factory=lambda: {Kind.STDOUT: 0, Kind.STDERR: 0})
+    reader: web.Request | None = None
+    """The newest; it gets the output."""
     stdin_seen: int = 0
     killed_by: int | None = None
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -72,6 +82,12 @@ class FakeSandbox:
     root: Path
     token: str
     execs: dict[str, FakeExec] = field(default_factory=dict)
+    watches: dict[asyncio.Queue[bytes | None], None] = field(default_factory=dict)
+    """Lines for each watch; None ends its connection."""
+
+
+WINDOW = 1 << 20
+"""Bytes of a stream that may be sent and not be consumed."""
 
 
 def _json(value: object, status: int = 200) -> web.Response:
@@ -97,9 +113,13 @@ class FakeNode:
         self.create_delay = 0.0
         self.answer: Callable[[web.Request], Awaitable[web.StreamResponse | None]] | None = None
         """Answers in place of the routes, where it answers."""
+        self.url_template: str | None = "http://{port}-{id}.localhost:1234"
         self.archive: bytes | None = None
         """What a download gets, whatever is there."""
+        self.archive_error: ShoalError | None = None
+        """What goes wrong at a download's end."""
         self._started: list[FakeExec] = []
+        self._spawning = asyncio.Lock()
         self._ready = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
@@ -130,9 +150,15 @@ class FakeNode:
                 web.get(box, self._inspect),
                 web.delete(box, self._delete),
                 web.post(f"{box}/connect", self._connect),
+                web.put(f"{box}/ports/{{port}}", self._publish),
+                web.delete(f"{box}/ports/{{port}}", self._publish),
+                web.get(f"{box}/ports/{{port}}/wait", self._wait_port),
+                web.post(f"{box}/ports/{{port}}/connect", self._connect_port),
                 web.post(f"{box}/execs", self._exec),
                 web.get(f"{box}/execs", self._execs),
+                web.get(f"{box}/execs/{{eid}}", self._state),
                 web.get(f"{box}/execs/{{eid}}/stream", self._attach),
+                web.post(f"{box}/execs/{{eid}}/consumed", self._consumed),
                 web.post(f"{box}/execs/{{eid}}/stdin", self._stdin),
                 web.post(f"{box}/execs/{{eid}}/signal", self._signal),
                 web.post(f"{box}/execs/{{eid}}/resize", self._resize),
@@ -143,6 +169,8 @@ class FakeNode:
                 web.post(f"{box}/files/directory", self._make_dir),
                 web.delete(f"{box}/files", self._remove),
                 web.post(f"{box}/files/rename", self._rename),
+                web.post(f"{box}/files/attributes", self._attributes),
+                web.get(f"{box}/files/watch", self._watch),
                 web.get(f"{box}/files/archive", self._pack),
                 web.put(f"{box}/files/archive", self._unpack),
                 web.get("/v1/images", self._image_list),
@@ -213,7 +241,12 @@ class FakeNode:
         root = self.directory / sandbox_id
         root.mkdir()
         self.sandboxes[sandbox_id] = FakeSandbox(info, root, f"token-{number}")
-        return _json(SandboxAccess(sandbox=info, access_token=f"token-{number}"), 201)
+        return _json(self._access(self.sandboxes[sandbox_id]), 201)
+
+    def _access(self, sandbox: FakeSandbox) -> SandboxAccess:
+        return SandboxAccess(
+            sandbox=sandbox.info, access_token=sandbox.token, url_template=self.url_template
+        )
 
     async def _list(self, request: web.Request) -> web.Response:
         wanted = [tuple(label.split("=", 1)) for label in request.query.getall("label", [])]
@@ -255,10 +288,57 @@ class FakeNode:
         )
         for running in sandbox.execs.values():
             _kill(running, 9)
+        for lines in sandbox.watches:
+            lines.put_nowait(None)
 
     async def _connect(self, request: web.Request) -> web.Response:
         sandbox = self._alive(request, token=False)
-        return _json(SandboxAccess(sandbox=sandbox.info, access_token=sandbox.token))
+        return _json(self._access(sandbox))
+
+    # ---- ports: of the host, in place of the sandbox's
+
+    async def _publish(self, request: web.Request) -> web.Response:
+        sandbox, port = self._alive(request, token=False), int(request.match_info["port"])
+        public = set(sandbox.info.public_ports) - {port}
+        if request.method == "PUT":
+            public.add(port)
+        sandbox.info = msgspec.structs.replace(sandbox.info, public_ports=sorted(public))
+        return _json(sandbox.info)
+
+    async def _wait_port(self, request: web.Request) -> web.Response:
+        self._alive(request)
+        end = time.monotonic() + float(request.query["timeout"])
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", request.match_info["port"])
+            except OSError:
+                if time.monotonic() > end:
+                    raise DeadlineExceededError("nothing listens") from None
+                await asyncio.sleep(0.01)
+            else:
+                writer.close()
+                return web.Response(status=204)
+
+    async def _connect_port(self, request: web.Request) -> web.Response:
+        self._alive(request)
+        assert request.headers["Connection"] == "Upgrade"
+        assert request.headers["Upgrade"] == "tcp"
+        try:
+            inside = await asyncio.open_connection("127.0.0.1", request.match_info["port"])
+        except OSError:
+            raise PortUnreachableError("nothing listens", hint="start a server") from None
+        transport, loop = request.transport, asyncio.get_running_loop()
+        if transport is None:
+            inside[1].transport.abort()
+            raise ConnectionResetError
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
+        writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\n\r\n")
+        await splice((reader, writer), inside)
+        raise ConnectionResetError  # there is nobody to answer
 
     # ---- execs
 
@@ -266,10 +346,20 @@ class FakeNode:
         sandbox = self._alive(request)
         wanted = msgspec.json.decode(await request.read(), type=ExecRequest)
         exec_id = wanted.exec_id or f"ex-{len(sandbox.execs)}"
-        existing = exec_id in sandbox.execs
-        if not existing:
-            sandbox.execs[exec_id] = await self._spawn(sandbox, wanted)
-        return await self._stream(request, sandbox, exec_id, existing, 0, 0)
+        async with self._spawning:
+            if not (existing := exec_id in sandbox.execs):
+                sandbox.execs[exec_id] = await self._spawn(sandbox, wanted)
+        running = sandbox.execs[exec_id].process
+        if wanted.detached and running is not None:
+            started = ExecStarted(
+                exec_id=exec_id,
+                pid=running.pid,
+                existing=existing,
+                stdout_offset=0,
+                stderr_offset=0,
+            )
+            return _json(started, 201)
+        return await self._stream(request, sandbox, exec_id, existing)
 
     async def _spawn(self, sandbox: FakeSandbox, wanted: ExecRequest) -> FakeExec:
         try:
@@ -285,7 +375,7 @@ class FakeNode:
         except OSError as error:
             end = ExecExit(outcome=Outcome.NOT_STARTED, errno=error.errno, stage="exec")
             return FakeExec(None, open_outputs=0, end=end)
-        running = FakeExec(process)
+        running = FakeExec(process, detached=wanted.detached)
         running.tasks = [
             asyncio.create_task(_collect(running, process.stdout, Kind.STDOUT)),
             asyncio.create_task(_collect(running, process.stderr, Kind.STDERR)),
@@ -297,9 +387,29 @@ class FakeNode:
     async def _attach(self, request: web.Request) -> web.StreamResponse:
         sandbox = self._alive(request)
         exec_id = request.match_info["eid"]
-        self._running(sandbox, exec_id)
-        out, err = (int(request.query.get(f"{name}_offset", "0")) for name in ("stdout", "stderr"))
-        return await self._stream(request, sandbox, exec_id, True, out, err)
+        self._consume(self._running(sandbox, exec_id), request.query, "_offset")
+        return await self._stream(request, sandbox, exec_id, True)
+
+    @staticmethod
+    def _consume(running: FakeExec, told: Mapping[str, str], suffix: str = "") -> None:
+        for kind, name in ((Kind.STDOUT, "stdout"), (Kind.STDERR, "stderr")):
+            running.consumed[kind] = max(running.consumed[kind], int(told.get(name + suffix, "0")))
+
+    async def _consumed(self, request: web.Request) -> web.Response:
+        running = self._running(self._alive(request), request.match_info["eid"])
+        body = msgspec.json.decode(await request.read(), type=dict[str, int])
+        async with running.changed:
+            self._consume(running, {name: str(offset) for name, offset in body.items()})
+            running.changed.notify_all()
+        return web.Response(status=204)
+
+    async def _state(self, request: web.Request) -> web.Response:
+        running = self._running(self._alive(request), request.match_info["eid"])
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(float(request.query.get("wait", "0"))), running.changed:
+                await running.changed.wait_for(lambda: running.end is not None)
+        pid = running.process.pid if running.process else 0
+        return _json(ExecState(exec_id=request.match_info["eid"], pid=pid, exit=running.end))
 
     def _running(self, sandbox: FakeSandbox, exec_id: str) -> FakeExec:
         if exec_id not in sandbox.execs:
@@ -312,10 +422,13 @@ class FakeNode:
         sandbox: FakeSandbox,
         exec_id: str,
         existing: bool,
-        out: int,
-        err: int,
     ) -> web.StreamResponse:
         running = sandbox.execs[exec_id]
+        by_client = request.query.get("ack") == "client"
+        offsets = dict(running.consumed)
+        async with running.changed:
+            running.reader = request
+            running.changed.notify_all()
         response = web.StreamResponse(headers={"Content-Type": "application/vnd.shoal.stream"})
         await response.prepare(request)
         sent = 0
@@ -334,23 +447,33 @@ class FakeNode:
             await response.write(data)
             return True
 
-        offsets = {Kind.STDOUT: out, Kind.STDERR: err}
         if running.process is not None:
             started = ExecStarted(
                 exec_id=exec_id,
                 pid=running.process.pid,
                 existing=existing,
-                stdout_offset=out,
-                stderr_offset=err,
+                stdout_offset=offsets[Kind.STDOUT],
+                stderr_offset=offsets[Kind.STDERR],
+                detached=running.detached,
             )
             if not await send(Kind.STARTED, msgspec.json.encode(started)):
                 return response
         while True:
             for kind, data in running.outputs.items():
-                while piece := bytes(data[offsets[kind] : offsets[kind] + 65536]):
+                while piece := bytes(
+                    data[
+                        offsets[kind] : min(offsets[kind] + 65536, running.consumed[kind] + WINDOW)
+                    ]
+                ):
                     if not await send(kind, piece):
                         return response
                     offsets[kind] += len(piece)
+                    if not by_client:
+                        running.consumed[kind] = offsets[kind]
+            if running.reader is not request:
+                stale = ConflictError("another reader has taken over", errno=errno.ESTALE)
+                await send(Kind.ERROR, msgspec.json.encode(stale.to_problem()))
+                return response
             if sandbox.info.reason is not None:
                 reason = sandbox.info.reason
                 gone = SandboxGoneError(
@@ -360,11 +483,15 @@ class FakeNode:
                 return response
             async with running.changed:
                 done = running.end is not None and not running.open_outputs
-                behind = any(len(data) > offsets[kind] for kind, data in running.outputs.items())
-                if not done and not behind:
+                behind = any(
+                    offsets[kind] < min(len(data), running.consumed[kind] + WINDOW)
+                    for kind, data in running.outputs.items()
+                )
+                rest = any(len(data) > offsets[kind] for kind, data in running.outputs.items())
+                if running.reader is request and not behind and (rest or not done):
                     await running.changed.wait()
                     continue
-            if done and not behind:
+            if done and not rest and running.reader is request:
                 await send(Kind.EXIT, msgspec.json.encode(running.end))
                 return response
 
@@ -386,7 +513,7 @@ class FakeNode:
 
     async def _stdin(self, request: web.Request) -> web.Response:
         running = self._running(self._alive(request), request.match_info["eid"])
-        at = int(request.query["offset"])
+        at = int(request.query.get("offset", running.stdin_seen))
         process = running.process
         assert process is not None
         assert process.stdin is not None
@@ -437,21 +564,75 @@ class FakeNode:
             target=os.readlink(path) if path.is_symlink() else None,
         )
 
-    async def _read(self, request: web.Request) -> web.Response:
+    async def _read(self, request: web.Request) -> web.StreamResponse:
         path = self._path(request)
         if self._info(request, path).kind == "directory":
             raise PathError("is a directory", errno=21)
         offset = int(request.query.get("offset", "0"))
         length = int(request.query.get("length", str(1 << 60)))
-        return web.Response(body=path.read_bytes()[offset : offset + length])
+        sandbox = self._alive(request)
+        framed = request.query.get("framed") == "true"
+        response = web.StreamResponse()
+        left = max(0, min(length, path.stat().st_size - offset))
+        if not framed:
+            response.content_length = left
+        await response.prepare(request)
+        with path.open("rb") as file:
+            file.seek(offset)
+            while left and sandbox.info.reason is None:
+                left -= len(piece := file.read(min(left, 1 << 16)))
+                await response.write(frame(Kind.STDOUT, piece) if framed else piece)
+        if left and request.transport is not None:
+            request.transport.close()
+        return response
 
     async def _write(self, request: web.Request) -> web.Response:
         path = self._path(request)
         if request.query.get("parents") == "true":
             path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(await request.read())
-        path.chmod(int(request.query.get("mode", "0644"), 8))
+        fresh = path.with_name(f".{path.name}.new")
+        try:
+            with fresh.open("wb") as file:
+                async for piece in request.content.iter_any():
+                    file.write(piece)
+            fresh.chmod(int(request.query.get("mode", "0644"), 8))
+            fresh.rename(path)
+        finally:
+            fresh.unlink(missing_ok=True)
         return _json(self._info(request, path))
+
+    async def _attributes(self, request: web.Request) -> web.Response:
+        path = self._path(request)
+        info = self._info(request, path)
+        if mode := request.query.get("mode"):
+            path.chmod(int(mode, 8))
+        uid = int(request.query.get("user", info.uid))
+        return _json(msgspec.structs.replace(self._info(request, path), uid=uid))
+
+    async def _watch(self, request: web.Request) -> web.StreamResponse:
+        sandbox = self._alive(request)
+        self._info(request, self._path(request))
+        lines: asyncio.Queue[bytes | None] = asyncio.Queue()
+        sandbox.watches[lines] = None
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        await response.write(b'{"type":"ready"}\n')
+        while (line := await lines.get()) is not None:
+            await response.write(line)
+        del sandbox.watches[lines]
+        return response
+
+    def tell(self, event: dict[str, object] | None) -> None:
+        """Tell every watch; None ends their connections."""
+        line = None if event is None else msgspec.json.encode(event) + b"\n"
+
+        def put() -> None:
+            for sandbox in self.sandboxes.values():
+                for lines in sandbox.watches:
+                    lines.put_nowait(line)
+
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(put)
 
     async def _stat(self, request: web.Request) -> web.Response:
         return _json(self._info(request, self._path(request)))
@@ -483,7 +664,7 @@ class FakeNode:
     async def _pack(self, request: web.Request) -> web.Response:
         path = self._path(request)
         if self.archive is not None:
-            return web.Response(body=self.archive, content_type="application/x-tar")
+            return self._archived(request, self.archive)
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as tar:
             if path.is_dir():
@@ -491,7 +672,16 @@ class FakeNode:
                     tar.add(below, str(below.relative_to(path)), recursive=False)
             else:
                 tar.add(path, path.name)
-        return web.Response(body=buffer.getvalue(), content_type="application/x-tar")
+        return self._archived(request, buffer.getvalue())
+
+    def _archived(self, request: web.Request, body: bytes) -> web.Response:
+        assert request.query["framed"] == "true"
+        framed = b"".join(
+            frame(Kind.STDOUT, body[at : at + 65536]) for at in range(0, len(body), 65536)
+        )
+        if self.archive_error is not None:
+            framed += frame(Kind.ERROR, msgspec.json.encode(self.archive_error.to_problem()))
+        return web.Response(body=framed, content_type="application/vnd.shoal.stream")
 
     async def _unpack(self, request: web.Request) -> web.Response:
         path = self._path(request)

@@ -168,10 +168,24 @@ async def test_a_process_is_found_again_by_its_id(node: FakeNode) -> None:
         process = await sb.exec("echo a; sleep 0.2; echo b", exec_id="mine")
         again = await (await AsyncSandbox.connect(sb.id)).attach("mine")
         assert await again.stdout.read() == b"a\nb\n"
-        assert await process.stdout.read_text() == "a\nb\n"
+        with pytest.raises(errors.ConflictError):
+            await process.stdout.read()
+        assert [await process.wait(), await again.wait()] == [0, 0]
         with pytest.raises(errors.ExecNotFoundError):
             await sb.attach("nobody")
         assert [status.exec_id for status in await sb.execs()] == ["mine"]
+
+
+@pytest.mark.parametrize("exec_id", ["", ".", "..", "a/b", "a b", "ü", "a\n", "x" * 129])
+async def test_an_exec_id_that_is_none_is_refused_before_anything_is_sent(
+    node: FakeNode, exec_id: str
+) -> None:
+    async with await AsyncSandbox.create() as sb:
+        with pytest.raises(InvalidArgumentError, match="is none"):
+            await sb.exec("true", exec_id=exec_id)
+        with pytest.raises(InvalidArgumentError, match="is none"):
+            await sb.attach(exec_id)
+        assert await sb.execs() == []
 
 
 async def test_waiting_for_one_stream_does_not_hang_on_the_other(node: FakeNode) -> None:
@@ -341,7 +355,7 @@ async def test_an_address_that_is_none_is_refused(
 async def test_a_node_that_dies_in_the_middle_is_unavailable(
     node: FakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.sdk._exec.RESUME_TRIES", 2)
+    monkeypatch.setattr("shoal.sdk._exec.RESUME_PATIENCE", 0.2)
     sb = await AsyncSandbox.create()
     call = asyncio.create_task(sb.run(["sleep", "60"]))
     await _until(lambda: node.sandboxes[sb.id].execs)
