@@ -17,6 +17,10 @@ VERBS = {
     "create": "Make a sandbox and print its id.",
     "exec": "Run a command in a sandbox.",
     "shell": "Open a shell in a sandbox.",
+    "attach": "Come back to a command that runs in a sandbox.",
+    "execs": "List the commands of a sandbox.",
+    "kill": "End a command of a sandbox, or send it a signal.",
+    "port": "Reach a port of a sandbox.",
     "cp": "Copy files between here and a sandbox.",
     "ps": "List sandboxes.",
     "inspect": "Show all about a sandbox, as JSON.",
@@ -24,6 +28,7 @@ VERBS = {
     "image": "Bring, build, list and remove images.",
     "serve": "Run a node in the foreground.",
     "doctor": "Say what this machine can and cannot do.",
+    "conformance": "Try whether a runtime keeps the whole contract.",
 }
 
 

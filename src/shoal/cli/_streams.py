@@ -7,24 +7,21 @@ import contextlib
 import errno
 import os
 import queue
-import shutil
-import signal
-import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from shoal.errors import ShoalError
 from shoal.sdk import AsyncProcess, AsyncStreamReader
 from shoal.sdk._async import MAX_OUTPUT_BYTES
 from shoal.sdk._exec import Capped
-from shoal.types import ExecExit, ExecResult, Outcome, PtySize
+from shoal.types import ExecExit, ExecResult, Outcome
 
 _CHUNK = 1 << 18
 Sink = Callable[[bytes], Awaitable[None]]
 """Takes the next bytes of an output."""
 
 
-class _Writer:
+class Writer:
     """Writes to a descriptor from a thread of its own: a reader who stalls stalls nothing else, nor our exit."""
 
     def __init__(self, fd: int) -> None:
@@ -96,7 +93,13 @@ async def join(process: AsyncProcess, *, stdin: bool) -> ExecExit:
         process: What to join.
         stdin: Send it what comes on our stdin.
     """
-    return await _converse(process, _Writer(1).write, _Writer(2).write, stdin=stdin)
+    return await _converse(process, Writer(1).write, Writer(2).write, stdin=stdin)
+
+
+async def watch(process: AsyncProcess, *, stdin: bool) -> ExecExit:
+    """As `join`, of a process that is not ours: it goes on when we are cancelled."""
+    async with _feeding(process, stdin=stdin):
+        return await pump(process, Writer(1).write, Writer(2).write)
 
 
 async def collect(
@@ -121,14 +124,51 @@ async def collect(
         errno=end.errno,
         stage=end.stage,
         usage=end.usage,
-        truncated=process._lost > 0 or any(output.dropped for output in outputs),
+        truncated=process.stdout.dropped_bytes + process.stderr.dropped_bytes > 0
+        or any(output.dropped for output in outputs),
     )
 
 
-async def _converse(process: AsyncProcess, stdout: Sink, stderr: Sink, *, stdin: bool) -> ExecExit:
+@contextlib.asynccontextmanager
+async def killed_with_us(process: AsyncProcess) -> AsyncIterator[None]:
+    """Kill the process if the block fails or is cancelled."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(ShoalError):
+            await asyncio.shield(process.kill())
+        raise
+
+
+async def pump(process: AsyncProcess, stdout: Sink, stderr: Sink) -> ExecExit:
+    """Pass a process's output on until it has ended and all of it is written."""
+
     async def out(reader: AsyncStreamReader, sink: Sink) -> None:
         while data := await reader.read(_CHUNK):
             await sink(data)
+
+    outputs = [
+        asyncio.create_task(out(process.stdout, stdout)),
+        asyncio.create_task(out(process.stderr, stderr)),
+    ]
+    try:
+        await asyncio.gather(*outputs)
+        await process.wait()
+    finally:
+        for task in outputs:
+            task.cancel()
+    assert process.exit is not None  # noqa: S101 - wait returned
+    return process.exit
+
+
+async def _converse(process: AsyncProcess, stdout: Sink, stderr: Sink, *, stdin: bool) -> ExecExit:
+    async with _feeding(process, stdin=stdin), killed_with_us(process):
+        return await pump(process, stdout, stderr)
+
+
+@contextlib.asynccontextmanager
+async def _feeding(process: AsyncProcess, *, stdin: bool) -> AsyncIterator[None]:
+    """Send what comes on our stdin while the block runs, if `stdin`."""
 
     async def feed() -> None:
         with contextlib.suppress(ShoalError):  # it does not read any more
@@ -137,70 +177,11 @@ async def _converse(process: AsyncProcess, stdout: Sink, stderr: Sink, *, stdin:
             await process.stdin.close()
 
     feeder = asyncio.create_task(feed()) if stdin else None
-    outputs = [
-        asyncio.create_task(out(process.stdout, stdout)),
-        asyncio.create_task(out(process.stderr, stderr)),
-    ]
     try:
-        await asyncio.gather(*outputs)
-        await process.wait()
-    except BaseException:
-        with contextlib.suppress(ShoalError):
-            await asyncio.shield(process.kill())
-        raise
-    finally:
-        for task in (*outputs, *([feeder] if feeder else [])):
-            task.cancel()
-    assert process.exit is not None  # noqa: S101 - wait returned
-    return process.exit
-
-
-def terminal_size() -> PtySize:
-    """The size of our terminal."""
-    columns, lines = shutil.get_terminal_size()
-    return PtySize(rows=max(1, lines), cols=max(1, columns))
-
-
-@contextlib.contextmanager
-def raw_terminal() -> Iterator[None]:
-    """Pass every key on as it is while the block runs; the terminal is as before afterwards."""
-    if not sys.stdin.isatty():
-        yield
-        return
-    import termios
-    import tty
-
-    before = termios.tcgetattr(0)
-    try:
-        tty.setraw(0)
         yield
     finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, before)
-
-
-async def join_terminal(process: AsyncProcess) -> ExecExit:
-    """As `join`, for a process with a terminal: keys go there unseen by ours, and its size follows ours."""
-    loop = asyncio.get_running_loop()
-    resizes: set[asyncio.Task[None]] = set()
-
-    async def resize() -> None:
-        size = terminal_size()
-        with contextlib.suppress(ShoalError):
-            await process.resize(size.rows, size.cols)
-
-    def resized() -> None:
-        task = asyncio.create_task(resize())
-        resizes.add(task)
-        task.add_done_callback(resizes.discard)
-
-    if hasattr(signal, "SIGWINCH"):
-        loop.add_signal_handler(signal.SIGWINCH, resized)
-    try:
-        with raw_terminal():
-            return await join(process, stdin=True)
-    finally:
-        if hasattr(signal, "SIGWINCH"):
-            loop.remove_signal_handler(signal.SIGWINCH)
+        if feeder is not None:
+            feeder.cancel()
 
 
 _START_HINTS = {

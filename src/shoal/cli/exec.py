@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import sys
 
 import click
 
-from shoal.cli import _streams
+from shoal.cli import _streams, _terminal
 from shoal.cli._ids import whole_id
-from shoal.cli._options import drive, exec_options, timeout_option
+from shoal.cli._options import drive, exec_options, print_json, timeout_option
 from shoal.cli.run import (
     COMMAND_LINE,
+    NO_TERMINAL,
     conclude,
     conclude_json,
     refuse_json_with_a_terminal,
 )
 from shoal.sdk import AsyncSandbox
-from shoal.types import PtySize
 
 
 @click.command(context_settings=COMMAND_LINE)
@@ -25,7 +25,13 @@ from shoal.types import PtySize
 @click.option("-i", "--interactive", is_flag=True, help="Forward stdin.")
 @click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object with outcome and output instead."
+    "-d", "--detach", is_flag=True, help="Print its id and leave it running; see `shoal attach`."
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object instead: outcome and output, or with -d the ids.",
 )
 @click.argument("sandbox", metavar="ID")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -34,6 +40,7 @@ def command(
     command: tuple[str, ...],
     interactive: bool,
     tty: bool,
+    detach: bool,
     as_json: bool,
     timeout: float | None,
     env: tuple[tuple[str, str], ...],
@@ -45,7 +52,8 @@ def command(
     \b
     shoal exec $id -- ls -l /
     shoal exec -i $id -- tar x -C /app < app.tar
-    shoal exec -it $id -- python3
+    shoal exec -it $id -- python3      ^P ^Q leaves it running
+    shoal exec -d $id -- ./server      so does this, from the start
     """
 
     # The parser stops at ID, so a `--` behind it is still here.
@@ -53,30 +61,40 @@ def command(
     if not argv:
         raise click.UsageError("Missing argument 'COMMAND...'.")
     refuse_json_with_a_terminal(as_json, tty)
+    if tty and interactive and not detach:
+        _terminal.need(NO_TERMINAL)
+    on_our_terminal = tty and not detach and sys.stdin.isatty()
 
     async def main() -> int:
-        pty: bool | PtySize = _streams.terminal_size() if tty else False
-        variables = ({"TERM": os.environ.get("TERM", "xterm")} if tty else {}) | dict(env)
         target = await AsyncSandbox.connect(await whole_id(sandbox))
+        if on_our_terminal:
+            process = await _terminal.start(
+                target, argv, env=dict(env), user=user, cwd=workdir, timeout=timeout
+            )
+            if (joined := await _terminal.join(process)) is None:
+                _terminal.say_detached(target.id, process)
+                return 0
+            return conclude(joined, argv[0])
         process = await target.exec(
             argv,
             stdin=interactive,
-            pty=pty,
-            env=variables,
+            pty=_terminal.size() if tty else False,
+            env=_terminal.variables(tty) | dict(env),
             user=user,
             cwd=workdir,
             timeout=timeout,
+            detached=detach,
         )
+        if detach and process.exit is None:
+            if as_json:
+                print_json({"sandbox": target.id, "exec_id": process.exec_id, "pid": process.pid})
+            else:
+                click.echo(process.exec_id)
+            return 0
         if as_json:
             result = await _streams.collect(process, stdin=interactive)
             return conclude_json(result, argv[0], target.id)
-        return conclude(
-            await (
-                _streams.join_terminal(process)
-                if tty
-                else _streams.join(process, stdin=interactive)
-            ),
-            argv[0],
-        )
+        end = await _streams.join(process, stdin=interactive or tty)
+        return conclude(end, argv[0])
 
     raise SystemExit(drive(main()))

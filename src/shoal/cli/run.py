@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+import time
+from contextlib import AsyncExitStack
 from typing import Any
 
 import click
 
-from shoal.cli import _streams
+from shoal.cli import _streams, _terminal
 from shoal.cli._options import drive, exec_options, print_json, sandbox_options, say, timeout_option
+from shoal.cli.ps import span
 from shoal.sdk import AsyncSandbox
-from shoal.types import ExecExit, ExecResult, PtySize
+from shoal.types import ExecExit, ExecResult, Ready
 
 _MARGIN = 30.0
 """Seconds that the sandbox outlives its command's time, so that the command's end can be told."""
@@ -18,6 +21,7 @@ _MARGIN = 30.0
 
 COMMAND_LINE = {"allow_interspersed_args": False}
 """Options end where the command begins, so `shoal run ls -l` needs no `--`."""
+NO_TERMINAL = "leave out -t to forward stdin as it is"
 
 
 @click.command(context_settings=COMMAND_LINE)
@@ -49,9 +53,11 @@ def command(
     shoal run -- sh -c 'echo out; echo err >&2; exit 7'
     echo hi | shoal run -- cat
     shoal run --memory 2g --cpu 2 --timeout 60 -e SEED=1 -- ./simulate
-    shoal run -it -- bash
+    shoal run -it -- bash                     ^P ^Q detaches: it and its sandbox live on
     """
     refuse_json_with_a_terminal(as_json, tty)
+    if tty and interactive:
+        _terminal.need(NO_TERMINAL)
     raise SystemExit(drive(_run(list(command), interactive, tty, as_json, timeout, options)))
 
 
@@ -64,18 +70,35 @@ async def _run(
     options: dict[str, Any],
 ) -> int:
     forward = interactive or not sys.stdin.isatty()
-    async with await create(timeout=timeout + _MARGIN, **options) as sandbox:
-        pty: bool | PtySize = _streams.terminal_size() if tty else False
-        process = await sandbox.exec(
-            argv, stdin=forward, pty=pty, env=_terminal(tty), timeout=timeout
-        )
-        if as_json:
-            result = await _streams.collect(process, stdin=forward)
-            return conclude_json(result, argv[0], sandbox.id)
-        end = await (
-            _streams.join_terminal(process) if tty else _streams.join(process, stdin=forward)
-        )
+    async with AsyncExitStack() as undo:
+        sandbox = await undo.enter_async_context(await create(timeout=timeout + _MARGIN, **options))
+        if tty and sys.stdin.isatty():
+            process = await _terminal.start(sandbox, argv, env={}, timeout=timeout)
+            if (joined := await _terminal.join(process)) is None:
+                undo.pop_all()
+                _terminal.say_detached(sandbox.id, process)
+                say_kept(sandbox)
+                return 0
+            end = joined
+        else:
+            process = await sandbox.exec(
+                argv,
+                stdin=forward,
+                pty=_terminal.size() if tty else False,
+                env=_terminal.variables(tty),
+                timeout=timeout,
+            )
+            if as_json:
+                result = await _streams.collect(process, stdin=forward)
+                return conclude_json(result, argv[0], sandbox.id)
+            end = await _streams.join(process, stdin=forward)
     return conclude(end, argv[0])
+
+
+def say_kept(sandbox: AsyncSandbox) -> None:
+    """Tell that a sandbox which should have ended with its command lives on."""
+    left = span(sandbox._info.expires_at - time.time())
+    say(f"sandbox {sandbox.id} lives on for {left} at most; this ends it: shoal rm {sandbox.id}")
 
 
 def refuse_json_with_a_terminal(as_json: bool, tty: bool) -> None:
@@ -115,12 +138,6 @@ def conclude(end: ExecExit, program: str) -> int:
     return code
 
 
-def _terminal(tty: bool) -> dict[str, str]:
-    import os
-
-    return {"TERM": os.environ.get("TERM", "xterm")} if tty else {}
-
-
 async def create(
     *,
     timeout: float | None,
@@ -135,6 +152,8 @@ async def create(
     env: tuple[tuple[str, str], ...],
     user: str | None,
     workdir: str | None,
+    command: str | None = None,
+    ready: Ready | None = None,
 ) -> AsyncSandbox:
     """A sandbox as the options of `sandbox_options` and `exec_options` say."""
     return await AsyncSandbox.create(
@@ -150,4 +169,6 @@ async def create(
         runtime=runtime,
         user=user,
         workdir=workdir,
+        command=command,
+        ready=ready,
     )

@@ -61,6 +61,7 @@ def command(
             data_dir=data_dir or settings.data_dir,
             run_dir=run_dir or settings.run_dir,
             pool_mib=settings.pool_mib,
+            listen=settings.listen,
             ready_fd=ready_fd,
             idle_exit=idle_exit if idle_exit is not None else settings.idle_exit,
         )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
+from contextlib import AsyncExitStack
 from typing import Any
 
 import click
 
-from shoal.cli import _streams
+from shoal.cli import _terminal
 from shoal.cli._ids import whole_id
 from shoal.cli._options import drive, exec_options, sandbox_options, timeout_option
-from shoal.cli.run import conclude, create
-from shoal.errors import InvalidArgumentError
+from shoal.cli.run import conclude, create, say_kept
 from shoal.sdk import AsyncSandbox
 
 _SHELL = "if command -v bash >/dev/null 2>&1; then exec bash -i; else exec sh -i; fi"
@@ -33,32 +31,35 @@ def command(
 ) -> None:
     """Open a shell in a sandbox. Without an ID in a new one, which ends with the shell.
 
+    ^P ^Q detaches: the shell goes on, and so does a new sandbox; `shoal attach` comes back to it.
+
     \b
     shoal shell                    look around in a fresh sandbox
     shoal shell --image python:3   … of another image
     shoal shell $id                in one that is there
     """
-    if not sys.stdin.isatty():
-        raise InvalidArgumentError(
-            "stdin is no terminal", hint="use `shoal exec -i ID -- sh` in a script"
-        )
+    _terminal.need("use `shoal exec -i ID -- sh` in a script")
 
-    async def open_shell(target: AsyncSandbox) -> int:
-        process = await target.exec(
-            ["/bin/sh", "-c", _SHELL],
-            pty=_streams.terminal_size(),
-            env={"TERM": os.environ.get("TERM", "xterm")} | dict(env),
-            user=user,
-            cwd=workdir,
+    async def open_shell(target: AsyncSandbox) -> int | None:
+        """Its exit code; None: it was detached from."""
+        process = await _terminal.start(
+            target, ["/bin/sh", "-c", _SHELL], env=dict(env), user=user, cwd=workdir
         )
-        return conclude(await _streams.join_terminal(process), "the shell")
+        if (end := await _terminal.join(process)) is None:
+            _terminal.say_detached(target.id, process)
+            return None
+        return conclude(end, "the shell")
 
     async def main() -> int:
         if sandbox is not None:
-            return await open_shell(await AsyncSandbox.connect(await whole_id(sandbox)))
-        async with await create(
-            timeout=timeout, env=env, user=user, workdir=workdir, **options
-        ) as target:
-            return await open_shell(target)
+            return await open_shell(await AsyncSandbox.connect(await whole_id(sandbox))) or 0
+        async with AsyncExitStack() as undo:
+            target = await undo.enter_async_context(
+                await create(timeout=timeout, env=env, user=user, workdir=workdir, **options)
+            )
+            if (code := await open_shell(target)) is None:
+                undo.pop_all()
+                say_kept(target)
+        return code or 0
 
     raise SystemExit(drive(main()))

@@ -34,13 +34,13 @@ def shoal(
         input=stdin,
         stdin=subprocess.DEVNULL if stdin is None else None,
         capture_output=True,
-        env={**_environment(), **(env or {})},
+        env={**environment(), **(env or {})},
         timeout=60,
         check=False,
     )
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "NO_COLOR": "1"}
 
 
@@ -66,7 +66,7 @@ def test_run_does_not_wait_for_stdin_that_nobody_reads(node: FakeNode) -> None:
     try:
         argv = [sys.executable, "-m", "shoal", "run", "--", "echo", "hi"]
         done = subprocess.run(
-            argv, stdin=reader, capture_output=True, env=_environment(), timeout=30, check=False
+            argv, stdin=reader, capture_output=True, env=environment(), timeout=30, check=False
         )
     finally:
         os.close(reader)
@@ -81,7 +81,7 @@ def test_json_does_not_wait_for_stdin_that_nobody_reads(node: FakeNode) -> None:
         try:
             argv = [sys.executable, "-m", "shoal", *verb, "--", "echo", "hi"]
             done = subprocess.run(
-                argv, stdin=reader, capture_output=True, env=_environment(), timeout=30, check=False
+                argv, stdin=reader, capture_output=True, env=environment(), timeout=30, check=False
             )
         finally:
             os.close(reader)
@@ -261,7 +261,7 @@ def test_options_end_where_the_command_begins(node: FakeNode) -> None:
 def test_a_reader_that_has_enough_is_no_error(node: FakeNode) -> None:
     script = f"{sys.executable} -m shoal run -- seq 1 1000000 | head -n 1"
     done = subprocess.run(
-        ["sh", "-c", script], capture_output=True, env=_environment(), timeout=60, check=False
+        ["sh", "-c", script], capture_output=True, env=environment(), timeout=60, check=False
     )
     assert (done.stdout, done.stderr) == (b"1\n", b"")
     assert _ended(node)
@@ -275,7 +275,7 @@ def test_an_interrupted_run_leaves_nothing(node: FakeNode, number: int, code: in
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=_environment(),
+        env=environment(),
     ) as program:
         assert program.stdout is not None
         assert program.stdout.readline() == b"up\n"
@@ -438,7 +438,7 @@ def test_streams_that_the_parent_closed_are_no_error(node: FakeNode) -> None:
         done = subprocess.run(
             ["/bin/sh", "-c", program],
             check=False,
-            env=_environment(),
+            env=environment(),
             capture_output=True,
             timeout=30,
         )
@@ -449,7 +449,7 @@ def test_streams_that_the_parent_closed_are_no_error(node: FakeNode) -> None:
 @pytest.mark.parametrize("code", [130, 143])
 def test_run_json_can_be_stopped_while_it_waits_for_stdin(node: FakeNode, code: int) -> None:
     argv = [sys.executable, "-m", "shoal", "run", "--json", "--", "cat"]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, env=_environment()) as program:
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, env=environment()) as program:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and not any(
             sandbox.execs for sandbox in node.sandboxes.values()
@@ -499,7 +499,7 @@ def test_shell_passes_keys_on_and_gives_the_terminal_back(node: FakeNode) -> Non
     before = termios.tcgetattr(theirs)
     argv = [sys.executable, "-m", "shoal", "shell", sandbox]
     with subprocess.Popen(
-        argv, stdin=theirs, stdout=theirs, stderr=theirs, env=_environment(), start_new_session=True
+        argv, stdin=theirs, stdout=theirs, stderr=theirs, env=environment(), start_new_session=True
     ) as program:
         while not node.sandboxes[sandbox].execs:
             time.sleep(0.02)
