@@ -1,0 +1,1 @@
+"""Shoal inside other people's frameworks, judged by these frameworks' own suites."""
