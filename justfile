@@ -52,6 +52,7 @@ ci: gen-check lint test
 # Print the numbers that README and SPECIFICATION.md quote (as root)
 bench: build
     python bench/create_exec.py
+    python bench/exec.py
     python bench/agent_size.py
 
 # Ask public advisory databases about our dependencies
