@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import shoal
 
 HERE = Path(__file__).parent
-NEED_ROOT = (HERE / "security", HERE / "e2e")
+NEED_ROOT = (HERE / "security", HERE / "e2e", HERE / "integrations")
 
 
 def pytest_configure(config: pytest.Config) -> None:

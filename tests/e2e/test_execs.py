@@ -94,6 +94,21 @@ def test_an_exec_id_runs_once(sandbox: shoal.Sandbox) -> None:
     assert sandbox.files.read("/count") == b"x\n"
 
 
+def test_the_newest_handle_gets_the_output_and_every_one_the_end(sandbox: shoal.Sandbox) -> None:
+    import shoal
+
+    first = sandbox.exec("seq 1 200000; read line; kill -TERM $$", stdin=True)
+    seen = first.stdout.read(1000)
+    second = sandbox.attach(first.exec_id)
+    second.stdin.write("go\n")
+    rest = second.stdout.read()
+    assert seen + rest == b"".join(b"%d\n" % number for number in range(1, 200_001))
+    assert [first.wait(timeout=20), second.wait(timeout=20)] == [-15, -15]
+    assert first.exit == second.exit
+    with pytest.raises(shoal.errors.ConflictError):
+        first.stdout.read(1)
+
+
 def test_an_exec_can_be_found_again(sandbox: shoal.Sandbox) -> None:
     process = sandbox.exec("echo a; read line; echo b", stdin=True)
     assert process.stdout.readline() == b"a\n"
@@ -102,6 +117,16 @@ def test_an_exec_can_be_found_again(sandbox: shoal.Sandbox) -> None:
     assert again.wait(timeout=10) == 0
     known = {status.exec_id: status.outcome for status in sandbox.execs()}
     assert known[process.exec_id] == "exited"
+
+
+def test_a_process_that_is_waited_for_goes_on_though_its_output_is_not_read_on(
+    sandbox: shoal.Sandbox,
+) -> None:
+    process = sandbox.exec("echo first; head -c 5000000 /dev/zero; exit 3")
+    assert process.stdout.readline() == b"first\n"
+    assert process.wait(timeout=20) == 3
+    assert len(process.stdout.read()) == 5_000_000
+    assert process.stdout.dropped_bytes == 0
 
 
 def test_output_beyond_the_bound_keeps_head_and_tail(sandbox: shoal.Sandbox) -> None:

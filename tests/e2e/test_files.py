@@ -94,6 +94,26 @@ def test_a_tree_goes_in_and_comes_back(sandbox: shoal.Sandbox, tmp_path: Path) -
     assert _tree(tmp_path / "back") == _tree(tmp_path / "here")
 
 
+def test_the_whole_file_system_comes_without_what_is_mounted_in_it(
+    sandbox: shoal.Sandbox, tmp_path: Path
+) -> None:
+    sandbox.files.write("/app/own", "mine")
+    left_out = sandbox.files.download("/", tmp_path / "all")
+    assert {"proc/", "dev/"} <= set(left_out)
+    assert list((tmp_path / "all" / "proc").iterdir()) == []
+    assert (tmp_path / "all" / "app" / "own").read_text() == "mine"
+    assert "null" in sandbox.files.download("/dev", tmp_path / "dev")
+
+
+def test_what_cannot_be_read_on_the_way_is_said(sandbox: shoal.Sandbox, tmp_path: Path) -> None:
+    import shoal
+
+    with pytest.raises(shoal.errors.PathError) as raised:
+        sandbox.files.download("/proc/self", tmp_path / "self")
+    assert "permission denied" in str(raised.value)
+    assert raised.value.details["errno"] == 13
+
+
 def test_one_file_goes_in_and_comes_back(sandbox: shoal.Sandbox, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"\0\1\2")
     (tmp_path / "a").chmod(0o640)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support import images
-from tests.support.node import PrivateNode
+from tests.support.node import Part, PrivateNode
 
 if TYPE_CHECKING:
     import shoal
@@ -525,33 +525,13 @@ def _end(process: int) -> None:
         signal.pidfd_send_signal(process, signal.SIGKILL)
 
 
-def _server(node: PrivateNode) -> int:
-    [found] = [
-        pid
-        for pid in node.daemons()
-        if b"\0shoal.node\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    return found
-
-
-def _front_door(node: PrivateNode) -> int:
-    assert node.process is not None
-    [found] = set(node.daemons()) - {node.process.pid, _server(node)}
-    return found
-
-
-def _keeper(node: PrivateNode) -> int:
-    assert node.process is not None
-    return node.process.pid
-
-
 @pytest.mark.parametrize(
     ("victim", "seconds"),
-    [(_keeper, 5), (_front_door, 10), (_server, 10)],
+    [(None, 5), ("front door", 10), ("server", 10)],
     ids=["keeper", "front_door", "server"],
 )
-def test_cr_06_a_node_that_loses_a_process_ends_whole_and_starts_again(
-    beside: PrivateNode, victim: Callable[[PrivateNode], int], seconds: float
+def test_cr_06_a_node_that_loses_its_keeper_or_a_part_for_good_ends_whole_and_starts_again(
+    beside: PrivateNode, victim: Part | None, seconds: float
 ) -> None:
     before = beside.census()
     sandbox = _create(beside)
@@ -567,16 +547,21 @@ def test_cr_06_a_node_that_loses_a_process_ends_whole_and_starts_again(
     assert len(inside) >= 7
     assert groups
     assert beside.process is not None
+    if victim is not None:
+        for _ in range(5):
+            beside.kill(victim)
+    last = beside.process.pid if victim is None else beside.part(victim)
+    assert last is not None
     with ExitStack() as stack:
         sandbox_ends = _all_end(inside, stack)
         node_ends = _all_end(beside.daemons(), stack)
         start = time.monotonic()
-        os.kill(victim(beside), signal.SIGKILL)
+        os.kill(last, signal.SIGKILL)
         assert sandbox_ends(seconds), beside.sandbox_pids(sandbox)
         assert node_ends(start + 10 - time.monotonic()), beside.owners()
     assert beside.process.wait(5) != 0
     assert not beside.owners()
-    if victim is not _keeper:  # which is who would have tidied up
+    if victim is not None:  # which is who would have tidied up
         assert not [group for group in groups if group.exists()]
         left = beside.census()
         assert (left.cgroups, left.loops) == ([], [])

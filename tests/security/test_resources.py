@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -331,3 +332,101 @@ def test_rs_09_endless_output_is_bounded(node: PrivateNode) -> None:
         assert 10 * MIB <= len(result.stdout_bytes) <= 11 * MIB
         assert unread.wait(timeout=90) == 0
         assert resident() - before < 64 * MIB
+
+
+EVERYTHING_AT_ONCE = {
+    "memory": """
+try:
+    with open("/dev/shm/x", "wb") as held:  # which outlives whoever is killed
+        while True: held.write(b"x" * (1 << 20))
+except OSError:
+    pass
+held = []
+while True: held.append(b"x" * (1 << 20))
+""",
+    "threads": """
+import hashlib, threading
+def work():
+    go.wait()
+    while True:
+        hashlib.sha256(block)  # lets go of the interpreter's lock
+go, block = threading.Event(), b"x" * 1_000_000
+try:
+    for _ in range(200):
+        threading.Thread(target=work).start()
+except RuntimeError:
+    pass  # no room for more
+print("full", flush=True)
+go.set()
+""",
+    "processes": """
+import os
+told = False
+while True:
+    try:
+        if os.fork() == 0:
+            os.setsid()
+    except OSError:
+        if not told:
+            os.write(1, b"full\\n")
+        told = True
+""",
+}
+
+
+def test_rs_02_rs_03_whatever_is_used_up_each_call_is_answered_in_time() -> None:
+    import shoal
+
+    slowest: dict[str, float] = {}
+    over = threading.Event()
+
+    def timed(what: str, call: Callable[[], object]) -> None:
+        start = time.monotonic()
+        call()
+        slowest[what] = max(slowest.get(what, 0.0), time.monotonic() - start)
+
+    with shoal.Sandbox.create(memory_mib=160, cpu=1, pids=256) as starved:
+        starved.files.write("/app/data", b"data")
+
+        def use_up(program: str, used_up: threading.Event) -> None:
+            # The kernel kills one or the other when memory runs out; then it starts again.
+            while not over.is_set():
+                hog = starved.exec(["python3", "-c", program], user="1000")
+                hog.stdout.readline()  # it says so, or has gone over the limit
+                used_up.set()
+                while not over.wait(0.05) and hog.poll() is None:
+                    pass
+                timed("a kill of a hog", hog.kill)
+                assert hog.wait(timeout=60) != 0
+
+        def command() -> None:
+            end = starved.run(["cat", "/app/data"])
+            # No memory or no process for it is a true answer.
+            refused = end.outcome in {shoal.Outcome.OOM_KILLED, shoal.Outcome.NOT_STARTED}
+            assert refused or end.stdout == "data", end
+
+        def kill() -> None:
+            process = starved.exec(["sleep", "1000"])
+            process.kill()
+            assert process.wait(timeout=60) != 0
+
+        def read() -> None:
+            assert starved.files.read("/app/data") == b"data"
+
+        with ThreadPoolExecutor() as threads:
+            hogs = []
+            try:
+                for program in EVERYTHING_AT_ONCE.values():
+                    used_up = threading.Event()
+                    hogs.append(threads.submit(use_up, program, used_up))
+                    assert used_up.wait(60)
+                for _ in range(20):
+                    timed("a command", command)
+                    timed("a kill", kill)
+                    timed("a read", read)
+            finally:
+                over.set()
+            for hog in hogs:
+                hog.result()
+        assert max(slowest.values()) < 5, slowest
+        assert starved.run("echo alive", check=True).stdout == "alive\n"

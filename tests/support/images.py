@@ -16,7 +16,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+AGENTS = ("python3", "python-is-python3", "adduser", "procps")
 TOOLS = ("gcc", "libc6-dev", "make", "git", "python3", "python3-pytest", "strace")
+SCREENS = ("bash", "less", "procps", "vim")
+"""Programs that draw on a whole terminal, and the shell they are started from."""
 
 
 class MissingToolError(RuntimeError):
@@ -84,10 +87,22 @@ def base_tar() -> Path:
         return _once("base.tar", _debian(("python3",)))
 
 
+def agents_tar() -> Path:
+    """Debian with what other frameworks' tests call, as a plain tar: `python`, `adduser`, `ps`."""
+    with _locked():
+        return _once("agents.tar", _debian(AGENTS))
+
+
 def tools_tar() -> Path:
     """Debian with gcc, git and pytest as a plain tar."""
     with _locked():
         return _once("tools.tar", _debian(TOOLS))
+
+
+def screens_tar() -> Path:
+    """Debian with vim, less and top as a plain tar."""
+    with _locked():
+        return _once("screens.tar", _debian(SCREENS))
 
 
 def _layout(source: Path, tag: str) -> Callable[[Path], None]:

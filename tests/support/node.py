@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if sys.version_info >= (3, 12):
     from typing import override
@@ -118,6 +118,11 @@ def _text(path: str) -> str:
         return Path(path).read_text(errors="replace")
     except OSError:
         return ""
+
+
+Part = Literal["front door", "server"]
+DOOR_ID = 0x7FFD_0000
+"""The host's user that front doors run as."""
 
 
 @dataclass
@@ -267,6 +272,32 @@ class PrivateNode:
                 if mark in seen:
                     found.append(int(entry.name))
         return sorted(found)
+
+    def part(self, name: Part) -> int | None:
+        """The process of the keeper's that is its front door, or its server; None while there is none."""
+        assert self.process is not None
+        for pid, parent in _parents().items():
+            if parent != self.process.pid:
+                continue
+            status = _text(f"/proc/{pid}/status")
+            is_door = f"Uid:\t{DOOR_ID}\t" in status and "State:\tZ" not in status
+            is_server = "\0shoal.node\0" in _text(f"/proc/{pid}/cmdline")
+            if is_door if name == "front door" else is_server:
+                return pid
+        return None
+
+    def kill(self, *parts: Part, deadline: float = 60.0) -> None:
+        """End parts of the node as a crash does, and wait until there are new ones. Six deaths in a minute end it."""
+        before = {part: self.part(part) for part in parts}
+        for pid in before.values():
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+        end = time.monotonic() + deadline
+        while any(self.part(part) in (None, before[part]) for part in parts):
+            assert self.process is not None
+            assert self.process.poll() is None, self.log
+            assert time.monotonic() < end, self.log
+            time.sleep(0.02)
 
     def daemons(self) -> list[int]:
         """Its processes outside sandboxes."""
